@@ -1,0 +1,1 @@
+//! x86-64 as tables and registers: memory map, page tables, boot protocols, CPUID, MP tables, ACPI, SMBIOS.

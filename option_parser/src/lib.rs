@@ -1,0 +1,1 @@
+//! The key=value text that every command-line option uses.

@@ -1,0 +1,2 @@
+//! The `cloud-hypervisor` binary.
+fn main() {}

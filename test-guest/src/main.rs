@@ -1,0 +1,2 @@
+//! The bare-metal test guest.
+fn main() {}

@@ -1,0 +1,1 @@
+//! Address ranges, interrupt lines and ids: given out, taken back, never overlapping.

@@ -1,0 +1,1 @@
+//! Versioned saved state: schemas, sections and the envelope they travel in.

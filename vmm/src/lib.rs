@@ -1,0 +1,1 @@
+//! The virtual machine monitor: configuration, VM life, device manager, control thread.
