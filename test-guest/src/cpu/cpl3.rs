@@ -15,7 +15,7 @@ struct Tss {
 }
 
 #[repr(align(16))]
-struct Stack([u8; 16384]);
+struct Stack(#[expect(dead_code, reason = "only its address is used")] [u8; 16384]);
 
 unsafe extern "C" {
     static mut gdt_tss: [u64; 2];

@@ -1,6 +1,11 @@
 //! The tests, one file a topic. A test takes nothing and answers with a detail for its `OK` line or the reason it failed.
 
+mod acpi;
 mod boot;
+mod insn;
+mod irq;
+mod ports;
+mod smp;
 
 use crate::line;
 
@@ -31,6 +36,20 @@ const TESTS: &[Test] = &[
     ("boot", boot::boot),
     ("memory", boot::memory),
     ("initramfs", boot::initramfs),
+    ("acpi", acpi::acpi),
+    ("cpuid", acpi::cpuid_leaves),
+    ("cmos", ports::cmos_registers),
+    ("cmos_advances", ports::cmos_advances),
+    ("ports", ports::ports),
+    ("pm_timer", ports::pm_timer),
+    ("ioapic", irq::ioapic),
+    ("echo", irq::echo),
+    ("timer", irq::timer),
+    ("clock", irq::clock),
+    ("latency", irq::latency),
+    ("smp", smp::processors),
+    ("instructions", insn::instructions),
+    ("syscall", insn::syscall),
 ];
 
 /// Runs the tests named in a `,`-separated list; how many failed, unknown names included.
