@@ -71,7 +71,7 @@ pub fn memory() -> Outcome {
         }
         total += r.size;
         // Low memory holds what the boot protocol handed over, and the image follows at 1 MiB.
-        let first = r.start.max(boot::end_of_image() + 0xfff & !0xfff);
+        let first = r.start.max((boot::end_of_image() + 0xfff) & !0xfff);
         if first >= end {
             continue;
         }
