@@ -1,7 +1,12 @@
 //! Buses, bus devices, interrupt triggers and lifecycle traits. Knows no hypervisor.
 
+mod bus;
+
 use std::io;
 use std::sync::{Mutex, PoisonError};
+
+pub use bus::{Bus, BusError};
+use vmm_sys_util::eventfd::EventFd;
 
 /// A device on a port or memory bus, and no more. Called from any vCPU's thread.
 pub trait BusDevice: Send + Sync {
@@ -37,4 +42,21 @@ impl<T: BusDeviceMut> BusDevice for Mutex<T> {
 pub trait Trigger: Send + Sync {
     /// Raises it: an edge.
     fn trigger(&self) -> io::Result<()>;
+}
+
+/// Writing an eventfd: an irqfd, or a note to another thread.
+impl Trigger for EventFd {
+    fn trigger(&self) -> io::Result<()> {
+        self.write(1)
+    }
+}
+
+/// Any function can be an interrupt.
+impl<F> Trigger for F
+where
+    F: Fn() -> io::Result<()> + Send + Sync,
+{
+    fn trigger(&self) -> io::Result<()> {
+        self()
+    }
 }
