@@ -1,0 +1,11 @@
+//! The real binary with real guests on `/dev/kvm`. `docs/testing.md` says how to run and extend these tests.
+
+#![allow(clippy::panic, clippy::expect_used, clippy::unwrap_used)]
+
+mod bad_input;
+mod bare_metal;
+mod cli;
+mod endings;
+mod linux;
+mod support;
+mod terminal;

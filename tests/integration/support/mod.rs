@@ -1,0 +1,11 @@
+//! What the tests share: where things are, the VMM as a process, what guests report, images made by hand.
+
+pub mod files;
+pub mod images;
+pub mod process;
+pub mod pty;
+pub mod report;
+
+pub use files::{Kvm, asset, test_guest};
+pub use process::{Ended, Vmm};
+pub use report::{BareMetal, Report};
