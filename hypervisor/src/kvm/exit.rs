@@ -3,7 +3,7 @@
 use kvm_bindings::{
     KVM_EXIT_DEBUG, KVM_EXIT_FAIL_ENTRY, KVM_EXIT_HLT, KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_INTR,
     KVM_EXIT_IO, KVM_EXIT_IO_IN, KVM_EXIT_IOAPIC_EOI, KVM_EXIT_MMIO, KVM_EXIT_SHUTDOWN,
-    KVM_EXIT_SYSTEM_EVENT, KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET,
+    KVM_EXIT_SYSTEM_EVENT, KVM_EXIT_X86_WRMSR, KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET,
     KVM_SYSTEM_EVENT_SHUTDOWN, kvm_run,
 };
 
@@ -64,13 +64,47 @@ pub(super) fn decode(run: &mut kvm_run, cpu: u32) -> Result<VmExit<'_>, VcpuErro
     }
 }
 
-/// The suberror of KVM_EXIT_INTERNAL_ERROR, if that is the exit.
-pub(super) fn internal_error(run: &kvm_run) -> Option<u32> {
-    if run.exit_reason != KVM_EXIT_INTERNAL_ERROR {
-        return None;
+/// An exit that the back end may serve itself.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum Own {
+    /// KVM_EXIT_INTERNAL_ERROR with this suberror.
+    InternalError(u32),
+    /// KVM_EXIT_DEBUG at this address.
+    Debug(u64),
+    /// KVM_EXIT_X86_WRMSR.
+    MsrWrite { index: u32, data: u64 },
+}
+
+/// The exit that `run` tells of, if the back end may serve it.
+pub(super) fn own(run: &kvm_run) -> Option<Own> {
+    match run.exit_reason {
+        KVM_EXIT_INTERNAL_ERROR => {
+            // SAFETY: the exit reason says that this variant is the one in use.
+            let suberror = unsafe { run.__bindgen_anon_1.internal.suberror };
+            Some(Own::InternalError(suberror))
+        }
+        KVM_EXIT_DEBUG => {
+            // SAFETY: the exit reason says that this variant is the one in use.
+            let pc = unsafe { run.__bindgen_anon_1.debug.arch.pc };
+            Some(Own::Debug(pc))
+        }
+        KVM_EXIT_X86_WRMSR => {
+            // SAFETY: the exit reason says that this variant is the one in use.
+            let msr = unsafe { run.__bindgen_anon_1.msr };
+            Some(Own::MsrWrite {
+                index: msr.index,
+                data: msr.data,
+            })
+        }
+        _ => None,
     }
-    // SAFETY: the exit reason says that this variant is the one in use.
-    Some(unsafe { run.__bindgen_anon_1.internal.suberror })
+}
+
+/// Answers KVM_EXIT_X86_WRMSR: done, or refused, which the guest sees as #GP.
+pub(super) fn answer_msr_write(run: &mut kvm_run, done: bool) {
+    if run.exit_reason == KVM_EXIT_X86_WRMSR {
+        run.__bindgen_anon_1.msr.error = (!done).into();
+    }
 }
 
 fn io(run: &mut kvm_run) -> Result<VmExit<'_>, VcpuError> {
@@ -161,14 +195,31 @@ mod tests {
     }
 
     #[test]
-    fn only_an_internal_error_has_a_suberror() {
+    fn own_exits_are_told_from_others() {
         let mut run = kvm_run {
             exit_reason: KVM_EXIT_INTERNAL_ERROR,
             ..Default::default()
         };
         run.__bindgen_anon_1.internal.suberror = 1;
-        assert_eq!(internal_error(&run), Some(1));
+        assert_eq!(own(&run), Some(Own::InternalError(1)));
         run.exit_reason = KVM_EXIT_HLT;
-        assert_eq!(internal_error(&run), None);
+        assert_eq!(own(&run), None);
+        run.exit_reason = KVM_EXIT_X86_WRMSR;
+        run.__bindgen_anon_1.msr.index = 9;
+        run.__bindgen_anon_1.msr.data = 10;
+        assert_eq!(own(&run), Some(Own::MsrWrite { index: 9, data: 10 }));
+    }
+
+    #[test]
+    fn a_refused_msr_write_is_marked() {
+        let mut run = kvm_run {
+            exit_reason: KVM_EXIT_X86_WRMSR,
+            ..Default::default()
+        };
+        for done in [false, true] {
+            answer_msr_write(&mut run, done);
+            // SAFETY: the variant was written just now.
+            assert_eq!(unsafe { run.__bindgen_anon_1.msr.error } == 0, done);
+        }
     }
 }

@@ -14,6 +14,9 @@ mod emulation;
 mod exit;
 #[allow(unsafe_code)]
 mod kick;
+#[allow(unsafe_code)]
+mod syscall_probe;
+mod syscall_remedy;
 mod vcpu;
 mod vm;
 #[allow(unsafe_code)]
@@ -94,7 +97,8 @@ impl Kvm {
 impl Hypervisor for Kvm {
     fn create_vm(&self, ram: Arc<dyn GuestRam>) -> Result<Arc<dyn Vm>, HypervisorError> {
         let fd = self.fd.create_vm().map_err(ioctl("creating a VM"))?;
-        Ok(Arc::new(vm::KvmVm::new(fd, ram)?))
+        let mend_syscall = syscall_remedy::needed(&self.fd);
+        Ok(Arc::new(vm::KvmVm::new(fd, ram, mend_syscall)?))
     }
 
     fn supported_cpuid(&self) -> Result<Vec<CpuidEntry>, HypervisorError> {

@@ -11,14 +11,18 @@ use kvm_bindings::{
 use kvm_ioctls::VcpuFd;
 
 use super::emulation::Counters;
+use super::exit::{self, Own};
 use super::kick::KvmKick;
+use super::syscall_remedy::{Hit, MSR_LSTAR, Remedy};
 use super::vm::Shared;
-use super::{exit, xsave};
+use super::xsave;
 use crate::vcpu::{Kick, Vcpu, VcpuError, VmExit};
 use crate::x86::{
     CpuidEntry, DebugRegisters, ExtendedControlRegisters, FpuState, LapicState, MpState, MsrEntry,
     Registers, SpecialRegisters, VcpuEvents, XsaveArea,
 };
+
+const MENDING: &str = "mending SYSCALL";
 
 /// A vCPU.
 pub(super) struct KvmVcpu {
@@ -30,6 +34,8 @@ pub(super) struct KvmVcpu {
     pub(super) cpuid: RefCell<Vec<CpuidEntry>>,
     /// The fallback's copy of the XSAVE area; of no meaning between two instructions.
     pub(super) xsave: XsaveArea,
+    /// Where SYSCALL needs mending.
+    remedy: Option<Remedy>,
     kick: Arc<KvmKick>,
 }
 
@@ -46,6 +52,7 @@ impl KvmVcpu {
             counters: Counters::default(),
             cpuid: RefCell::default(),
             xsave: vec![0; shared.xsave_size],
+            remedy: shared.mend_syscall.then(Remedy::default),
             kick: Arc::new(kick),
             shared,
         })
@@ -56,12 +63,7 @@ impl KvmVcpu {
         &self,
         what: &'static str,
     ) -> impl FnOnce(kvm_ioctls::Error) -> VcpuError + use<> {
-        let cpu = self.id;
-        move |source| VcpuError::Ioctl {
-            cpu,
-            what,
-            source: source.into(),
-        }
+        error(self.id, what)
     }
 
     /// Makes sure that `self.cpuid` is filled.
@@ -72,16 +74,53 @@ impl KvmVcpu {
         Ok(())
     }
 
-    /// An internal error of KVM: the fallback's work, or the end.
-    fn internal_error(&mut self, suberror: u32) -> Result<(), VcpuError> {
-        if suberror == KVM_INTERNAL_ERROR_EMULATION {
-            return self.emulate();
+    /// Serves an exit, if it is one of the back end's own; false leaves it to the caller.
+    fn serve(&mut self, exit: Own) -> Result<bool, VcpuError> {
+        match exit {
+            Own::InternalError(KVM_INTERNAL_ERROR_EMULATION) => {
+                self.emulate()?;
+                self.look_again();
+                Ok(true)
+            }
+            Own::InternalError(suberror) => Err(VcpuError::Internal {
+                cpu: self.id,
+                suberror,
+                rip: self.registers()?.rip,
+            }),
+            Own::Debug(pc) => {
+                let Some(remedy) = &mut self.remedy else {
+                    return Ok(false);
+                };
+                let hit = remedy
+                    .debug_exit(&self.fd, &*self.shared.ram, pc)
+                    .map_err(error(self.id, MENDING))?;
+                if hit == Hit::Syscall {
+                    self.counters.count("syscall");
+                }
+                Ok(hit != Hit::Foreign)
+            }
+            Own::MsrWrite { index, data } => {
+                let entry = MsrEntry {
+                    index,
+                    data,
+                    ..Default::default()
+                };
+                let done = match self.set_msrs(&[entry]) {
+                    Ok(()) => true,
+                    Err(VcpuError::Msr { .. }) => false,
+                    Err(e) => return Err(e),
+                };
+                exit::answer_msr_write(self.fd.get_kvm_run(), done);
+                Ok(true)
+            }
         }
-        Err(VcpuError::Internal {
-            cpu: self.id,
-            suberror,
-            rip: self.registers()?.rip,
-        })
+    }
+
+    /// The guest's IDT may have become another.
+    fn look_again(&self) {
+        if let Some(remedy) = &self.remedy {
+            remedy.look_again();
+        }
     }
 }
 
@@ -93,16 +132,25 @@ impl Vcpu for KvmVcpu {
     fn run(&mut self) -> Result<VmExit<'_>, VcpuError> {
         // Each turn enters KVM, where a kick that came in the meantime ends the run.
         loop {
+            if let Some(remedy) = &mut self.remedy {
+                remedy
+                    .prepare(&self.fd, &*self.shared.ram)
+                    .map_err(error(self.id, MENDING))?;
+            }
             match self.fd.run().map(drop) {
                 Ok(()) => {}
                 Err(e) if matches!(e.errno(), libc::EINTR | libc::EAGAIN) => {
+                    self.look_again();
                     return Ok(VmExit::Interrupted);
                 }
                 Err(e) => return Err(self.error("running")(e)),
             }
-            match exit::internal_error(self.fd.get_kvm_run()) {
-                None => return exit::decode(self.fd.get_kvm_run(), self.id),
-                Some(suberror) => self.internal_error(suberror)?,
+            let served = match exit::own(self.fd.get_kvm_run()) {
+                None => false,
+                Some(own) => self.serve(own)?,
+            };
+            if !served {
+                return exit::decode(self.fd.get_kvm_run(), self.id);
             }
         }
     }
@@ -132,7 +180,9 @@ impl Vcpu for KvmVcpu {
     fn set_special_registers(&self, registers: &SpecialRegisters) -> Result<(), VcpuError> {
         self.fd
             .set_sregs(registers)
-            .map_err(self.error("setting the special registers"))
+            .map_err(self.error("setting the special registers"))?;
+        self.look_again();
+        Ok(())
     }
 
     fn fpu(&self) -> Result<FpuState, VcpuError> {
@@ -222,6 +272,11 @@ impl Vcpu for KvmVcpu {
                 });
             }
         }
+        if let Some(remedy) = &self.remedy
+            && let Some(lstar) = msrs.iter().rfind(|msr| msr.index == MSR_LSTAR)
+        {
+            remedy.set_lstar(lstar.data);
+        }
         Ok(())
     }
 
@@ -296,6 +351,15 @@ impl Vcpu for KvmVcpu {
     }
 }
 
+/// Names vCPU `cpu` and what was tried.
+fn error(cpu: u32, what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> VcpuError {
+    move |source| VcpuError::Ioctl {
+        cpu,
+        what,
+        source: source.into(),
+    }
+}
+
 /// Those of `indices` that KVM lets `fd` read and set again, and those that it does not.
 pub(super) fn accepted_msrs(fd: &VcpuFd, indices: &[u32]) -> io::Result<(Vec<u32>, Vec<u32>)> {
     let (read, mut refused) = read_msrs(fd, indices)?;
@@ -337,6 +401,6 @@ fn read_msrs(fd: &VcpuFd, indices: &[u32]) -> Result<(Vec<MsrEntry>, Vec<u32>), 
     Ok((read, refused))
 }
 
-fn msr_list(entries: &[MsrEntry]) -> Result<Msrs, kvm_ioctls::Error> {
+pub(super) fn msr_list(entries: &[MsrEntry]) -> Result<Msrs, kvm_ioctls::Error> {
     Msrs::from_entries(entries).map_err(|_| kvm_ioctls::Error::new(libc::E2BIG))
 }

@@ -13,7 +13,7 @@ use kvm_ioctls::{NoDatamatch, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::vcpu::KvmVcpu;
-use super::xsave;
+use super::{syscall_remedy, xsave};
 use crate::memory::GuestRam;
 use crate::vcpu::Vcpu;
 use crate::vm::{
@@ -28,6 +28,8 @@ pub(super) struct Shared {
     pub(super) ram: Arc<dyn GuestRam>,
     /// Bytes of an XSAVE area.
     pub(super) xsave_size: usize,
+    /// SYSCALL enters the kernel in ring 3 here.
+    pub(super) mend_syscall: bool,
 }
 
 /// A VM.
@@ -39,7 +41,15 @@ pub(super) struct KvmVm {
 }
 
 impl KvmVm {
-    pub(super) fn new(fd: VmFd, ram: Arc<dyn GuestRam>) -> Result<Self, HypervisorError> {
+    pub(super) fn new(
+        fd: VmFd,
+        ram: Arc<dyn GuestRam>,
+        mend_syscall: bool,
+    ) -> Result<Self, HypervisorError> {
+        if mend_syscall {
+            syscall_remedy::watch_lstar(&fd)
+                .map_err(super::ioctl("making guest writes of MSR LSTAR known"))?;
+        }
         if fd.check_extension_raw(KVM_CAP_EXIT_ON_EMULATION_FAILURE.into()) > 0 {
             fd.enable_cap(&capability(KVM_CAP_EXIT_ON_EMULATION_FAILURE, 1))
                 .map_err(super::ioctl("enabling KVM_CAP_EXIT_ON_EMULATION_FAILURE"))?;
@@ -50,7 +60,11 @@ impl KvmVm {
         let msi_device_ids = fd.check_extension_raw(KVM_CAP_MSI_DEVID.into()) > 0;
         Ok(Self {
             fd,
-            shared: Arc::new(Shared { ram, xsave_size }),
+            shared: Arc::new(Shared {
+                ram,
+                xsave_size,
+                mend_syscall,
+            }),
             msi_device_ids,
         })
     }

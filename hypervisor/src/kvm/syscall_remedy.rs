@@ -1,0 +1,474 @@
+//! Mends SYSCALL on a KVM whose SYSCALL enters the kernel in ring 3 (see
+//! [`syscall_probe`](super::syscall_probe)).
+//!
+//! There the first fetch at the kernel's entry point (MSR LSTAR) takes #PF. A hardware breakpoint
+//! on the guest's #PF handler catches it before the guest sees it:
+//!
+//! ```text
+//! guest writes LSTAR --(MSR filter)--> the write is done, IDT[14] is read, the breakpoint is set
+//! breakpoint --+-- the frame is that of a SYSCALL: the state becomes what SYSCALL makes of it
+//!              +-- another fault: the handler's first instruction is passed over
+//! ```
+//!
+//! The breakpoint follows IDT[14] when it changes. While it is set, breakpoints that the guest
+//! itself sets in DR0 to DR3 do not trigger.
+
+use std::cell::Cell;
+use std::sync::OnceLock;
+
+use kvm_bindings::{
+    KVM_CAP_X86_USER_SPACE_MSR, KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP,
+    KVM_GUESTDBG_USE_HW_BP, KVM_MSR_EXIT_REASON_FILTER, kvm_enable_cap, kvm_guest_debug,
+};
+use kvm_ioctls::{
+    Error, MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VcpuFd, VmFd,
+};
+
+use super::syscall_probe::syscall_keeps_ring_3;
+use super::vcpu::msr_list;
+use crate::memory::GuestRam;
+use crate::x86::{MsrEntry, Segment, SpecialRegisters};
+
+/// The MSR that holds the kernel's entry point (Intel SDM volume 3, section 6.8.8).
+pub(super) const MSR_LSTAR: u32 = 0xc000_0082;
+const MSR_STAR: u32 = 0xc000_0081;
+const MSR_SFMASK: u32 = 0xc000_0084;
+
+const PAGE: u64 = 4096;
+const EFER_SCE: u64 = 1;
+const EFER_LMA: u64 = 1 << 10;
+const RFLAGS_FIXED: u64 = 1 << 1;
+const RFLAGS_DF: u64 = 1 << 10;
+const RFLAGS_RF: u64 = 1 << 16;
+const RFLAGS_AC: u64 = 1 << 18;
+
+/// #PF, by its place in the IDT.
+const PAGE_FAULT: u64 = 14;
+/// Bytes of a gate in 64-bit mode.
+const GATE: usize = 16;
+/// Page present, access by user code: bits of the error code of #PF.
+const FAULT_OF_ENTRY: u64 = 0x5;
+
+/// DR7: breakpoint 0 is on, for execution; bit 10 is always 1.
+const DR7_EXECUTE_0: u64 = 0x402;
+/// DR7: any of the guest's breakpoints is on.
+const DR7_ENABLED: u64 = 0xff;
+
+/// True where SYSCALL needs mending. The first call finds out, in a few milliseconds.
+pub(super) fn needed(kvm: &kvm_ioctls::Kvm) -> bool {
+    static NEEDED: OnceLock<bool> = OnceLock::new();
+    *NEEDED.get_or_init(|| match syscall_keeps_ring_3(kvm) {
+        Ok(needed) => {
+            if needed {
+                log::debug!("SYSCALL enters the kernel in ring 3 here; each one will be mended");
+            }
+            needed
+        }
+        Err(e) => {
+            log::debug!("whether SYSCALL works here is unknown, so it is left alone: {e}");
+            false
+        }
+    })
+}
+
+/// Makes guest writes of LSTAR exit. Before any vCPU runs.
+pub(super) fn watch_lstar(vm: &VmFd) -> Result<(), Error> {
+    vm.enable_cap(&kvm_enable_cap {
+        cap: KVM_CAP_X86_USER_SPACE_MSR,
+        args: [KVM_MSR_EXIT_REASON_FILTER.into(), 0, 0, 0],
+        ..Default::default()
+    })?;
+    let refused = MsrFilterRange {
+        flags: MsrFilterRangeFlags::WRITE,
+        base: MSR_LSTAR,
+        msr_count: 1,
+        bitmap: &[0],
+    };
+    vm.set_msr_filter(MsrFilterDefaultAction::ALLOW, &[refused])
+}
+
+/// What a debug exit was.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum Hit {
+    /// A SYSCALL, now mended.
+    Syscall,
+    /// Something else of the remedy's own; the guest goes on.
+    Passed,
+    /// None of the remedy's breakpoints.
+    Foreign,
+}
+
+/// What the back end asked of KVM_SET_GUEST_DEBUG.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+enum Debugging {
+    #[default]
+    Off,
+    /// A breakpoint on this address.
+    Breakpoint(u64),
+    /// One instruction, then the breakpoint again.
+    Step,
+}
+
+/// One vCPU's part of the remedy.
+#[derive(Default)]
+pub(super) struct Remedy {
+    /// The kernel's entry point; 0 while there is none.
+    lstar: Cell<u64>,
+    /// IDT[14] is to be looked up again before the next run.
+    stale: Cell<bool>,
+    debugging: Debugging,
+    /// Where in guest RAM the gate that the breakpoint follows lies, and what it held.
+    gate: Option<(u64, [u8; GATE])>,
+    told_of_debugger: bool,
+}
+
+impl Remedy {
+    /// LSTAR has this value now.
+    pub(super) fn set_lstar(&self, entry: u64) {
+        self.lstar.set(entry);
+        self.stale.set(true);
+    }
+
+    /// Something happened after which the guest's IDT may be another.
+    pub(super) fn look_again(&self) {
+        self.stale.set(true);
+    }
+
+    /// Before a run: puts the breakpoint where IDT[14] points. Without a change in the guest this
+    /// reads the gate and no more.
+    pub(super) fn prepare(&mut self, fd: &VcpuFd, ram: &dyn GuestRam) -> Result<(), Error> {
+        let lstar = self.lstar.get();
+        if lstar == 0 && self.debugging == Debugging::Off {
+            return Ok(());
+        }
+        if !self.stale.get() && (self.debugging == Debugging::Step || self.gate_holds(ram)) {
+            return Ok(());
+        }
+        self.stale.set(false);
+        self.gate = None;
+        let special = fd.get_sregs()?;
+        let target = (lstar != 0)
+            .then(|| self.find_handler(fd, ram, &special))
+            .flatten();
+        self.tell_of_debugger(fd)?;
+        self.debug(fd, target.map_or(Debugging::Off, Debugging::Breakpoint))
+    }
+
+    /// The gate that the breakpoint follows is what it was.
+    fn gate_holds(&self, ram: &dyn GuestRam) -> bool {
+        let Some((address, held)) = self.gate else {
+            return false;
+        };
+        let mut gate = [0; GATE];
+        ram.read(address, &mut gate).is_ok() && gate == held
+    }
+
+    /// The address in IDT[14], which it remembers the place of.
+    fn find_handler(
+        &mut self,
+        fd: &VcpuFd,
+        ram: &dyn GuestRam,
+        special: &SpecialRegisters,
+    ) -> Option<u64> {
+        let active = EFER_SCE | EFER_LMA;
+        let offset = PAGE_FAULT * GATE as u64;
+        if special.efer & active != active
+            || u64::from(special.idt.limit) < offset + GATE as u64 - 1
+        {
+            return None;
+        }
+        let linear = special.idt.base.wrapping_add(offset);
+        let mut gate = [0; GATE];
+        let address = read_linear(fd, ram, linear, &mut gate)?;
+        let handler = gate_target(&gate)?;
+        // A gate across two pages is looked up at each run instead.
+        if linear % PAGE <= PAGE - GATE as u64 {
+            self.gate = Some((address, gate));
+        }
+        Some(handler)
+    }
+
+    /// After a debug exit at `pc`.
+    pub(super) fn debug_exit(
+        &mut self,
+        fd: &VcpuFd,
+        ram: &dyn GuestRam,
+        pc: u64,
+    ) -> Result<Hit, Error> {
+        match self.debugging {
+            // The step is done: the breakpoint comes back before the next run. The same happens
+            // when a kick or an instruction of the fallback ends the step.
+            Debugging::Step => {
+                self.look_again();
+                Ok(Hit::Passed)
+            }
+            Debugging::Breakpoint(handler) if handler == pc => {
+                if self.mend(fd, ram)? {
+                    return Ok(Hit::Syscall);
+                }
+                self.pass(fd, ram, handler)?;
+                Ok(Hit::Passed)
+            }
+            _ => Ok(Hit::Foreign),
+        }
+    }
+
+    /// If the fault that led to the handler is that of a SYSCALL: what SYSCALL was to do.
+    fn mend(&self, fd: &VcpuFd, ram: &dyn GuestRam) -> Result<bool, Error> {
+        let mut registers = fd.get_regs()?;
+        let mut frame = [0; FRAME];
+        if read_linear(fd, ram, registers.rsp, &mut frame).is_none() {
+            return Ok(false);
+        }
+        let frame = FaultFrame::new(&frame);
+        if !frame.is_entry_in_ring_3(self.lstar.get()) {
+            return Ok(false);
+        }
+        let mut msrs = msr_list(&[msr(MSR_STAR), msr(MSR_SFMASK)])?;
+        fd.get_msrs(&mut msrs)?;
+        let [star, mask] = msrs.as_slice() else {
+            return Ok(false);
+        };
+        let (star, mask) = (star.data, mask.data);
+        // SYSCALL has cleared these flags by now. User code that jumped here has not: it cannot
+        // clear IF, which kernels mask.
+        if frame.rflags & mask & !RFLAGS_RF != 0 {
+            return Ok(false);
+        }
+        registers.rip = frame.rip;
+        registers.rsp = frame.rsp;
+        registers.rflags = (frame.rflags & !(mask | RFLAGS_RF)) | RFLAGS_FIXED;
+        let mut special = fd.get_sregs()?;
+        (special.cs, special.ss) = kernel_segments(star);
+        fd.set_regs(&registers)?;
+        fd.set_sregs(&special)?;
+        Ok(true)
+    }
+
+    /// Goes on behind the breakpoint: past a first instruction that handlers usually begin with,
+    /// else by a single step.
+    fn pass(&mut self, fd: &VcpuFd, ram: &dyn GuestRam, handler: u64) -> Result<(), Error> {
+        let mut code = [0; LONGEST_PASSED];
+        let first = read_linear(fd, ram, handler, &mut code).and(passed_by_hand(&code));
+        let Some(first) = first else {
+            return self.debug(fd, Debugging::Step);
+        };
+        let mut registers = fd.get_regs()?;
+        registers.rip = handler.wrapping_add(first.length);
+        registers.rflags &= !(first.clears | RFLAGS_RF);
+        fd.set_regs(&registers)
+    }
+
+    fn debug(&mut self, fd: &VcpuFd, wanted: Debugging) -> Result<(), Error> {
+        if wanted == self.debugging {
+            return Ok(());
+        }
+        let mut debug = kvm_guest_debug::default();
+        match wanted {
+            Debugging::Off => {}
+            Debugging::Breakpoint(address) => {
+                debug.control = KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_HW_BP;
+                debug.arch.debugreg[0] = address;
+                debug.arch.debugreg[7] = DR7_EXECUTE_0;
+            }
+            Debugging::Step => debug.control = KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP,
+        }
+        fd.set_guest_debug(&debug)?;
+        self.debugging = wanted;
+        Ok(())
+    }
+
+    /// Says once that a debugger in the guest goes without its breakpoints.
+    fn tell_of_debugger(&mut self, fd: &VcpuFd) -> Result<(), Error> {
+        if !self.told_of_debugger && fd.get_debug_regs()?.dr7 & DR7_ENABLED != 0 {
+            self.told_of_debugger = true;
+            log::debug!(
+                "the guest set breakpoints in its debug registers; they do not trigger while \
+                 SYSCALL is mended"
+            );
+        }
+        Ok(())
+    }
+}
+
+/// Bytes of [`FaultFrame`] on the stack.
+const FRAME: usize = 48;
+
+/// What an exception with an error code pushes in 64-bit mode (Intel SDM volume 3, section 6.14.2).
+#[derive(Debug)]
+struct FaultFrame {
+    error_code: u64,
+    rip: u64,
+    cs: u64,
+    rflags: u64,
+    rsp: u64,
+}
+
+impl FaultFrame {
+    fn new(bytes: &[u8; FRAME]) -> Self {
+        let mut words = [0; FRAME / 8];
+        for (word, bytes) in words.iter_mut().zip(bytes.as_chunks().0) {
+            *word = u64::from_le_bytes(*bytes);
+        }
+        let [error_code, rip, cs, rflags, rsp, _ss] = words;
+        Self {
+            error_code,
+            rip,
+            cs,
+            rflags,
+            rsp,
+        }
+    }
+
+    /// User code could not fetch at the kernel's entry point.
+    fn is_entry_in_ring_3(&self, lstar: u64) -> bool {
+        self.error_code & FAULT_OF_ENTRY == FAULT_OF_ENTRY && self.rip == lstar && self.cs & 3 == 3
+    }
+}
+
+/// CS and SS as SYSCALL loads them from STAR (Intel SDM volume 2B, SYSCALL).
+fn kernel_segments(star: u64) -> (Segment, Segment) {
+    let selector = (star >> 32) as u16 & !3;
+    let stack = Segment {
+        base: 0,
+        limit: u32::MAX,
+        selector: selector.wrapping_add(8),
+        type_: 3,
+        present: 1,
+        dpl: 0,
+        db: 1,
+        s: 1,
+        g: 1,
+        ..Default::default()
+    };
+    let code = Segment {
+        selector,
+        type_: 11,
+        db: 0,
+        l: 1,
+        ..stack
+    };
+    (code, stack)
+}
+
+/// Where a gate in 64-bit mode leads, if it is present (Intel SDM volume 3, section 6.14.1).
+fn gate_target(gate: &[u8; GATE]) -> Option<u64> {
+    let bits = u128::from_le_bytes(*gate);
+    if bits >> 47 & 1 == 0 {
+        return None;
+    }
+    let low = bits & 0xffff;
+    let high = bits >> 48 & 0xffff_ffff_ffff;
+    u64::try_from(high << 16 | low).ok()
+}
+
+/// The longest instruction of [`passed_by_hand`].
+const LONGEST_PASSED: usize = 4;
+
+/// An instruction without effect but on flags.
+#[derive(Debug, Eq, PartialEq)]
+struct Passed {
+    length: u64,
+    clears: u64,
+}
+
+/// Knows the instructions with which kernels begin a fault handler: markers of branch targets,
+/// no-operations, CLAC and CLD.
+fn passed_by_hand(code: &[u8; LONGEST_PASSED]) -> Option<Passed> {
+    let (length, clears) = match code {
+        [0xf3, 0x0f, 0x1e, 0xfa] | [0x0f, 0x1f, 0x40, _] => (4, 0),
+        [0x0f, 0x1f, 0x00, ..] => (3, 0),
+        [0x66, 0x90, ..] => (2, 0),
+        [0x90, ..] => (1, 0),
+        [0x0f, 0x01, 0xca, _] => (3, RFLAGS_AC),
+        [0xfc, ..] => (1, RFLAGS_DF),
+        _ => return None,
+    };
+    Some(Passed { length, clears })
+}
+
+/// Copies guest memory at a linear address, as the vCPU's page tables map it now, into `buffer`,
+/// and tells the guest-physical address of its beginning. `None` where it is not all mapped RAM.
+fn read_linear(fd: &VcpuFd, ram: &dyn GuestRam, linear: u64, buffer: &mut [u8]) -> Option<u64> {
+    let physical = |linear: u64| {
+        let translation = fd.translate_gva(linear).ok()?;
+        (translation.valid != 0).then_some(translation.physical_address)
+    };
+    let begin = physical(linear)?;
+    let to_page_end = usize::try_from(PAGE - linear % PAGE).ok()?;
+    let (head, tail) = buffer.split_at_mut(to_page_end.min(buffer.len()));
+    ram.read(begin, head).ok()?;
+    if !tail.is_empty() {
+        ram.read(physical(linear.checked_add(head.len() as u64)?)?, tail)
+            .ok()?;
+    }
+    Some(begin)
+}
+
+fn msr(index: u32) -> MsrEntry {
+    MsrEntry {
+        index,
+        ..Default::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_gate_leads_to_its_three_parts() {
+        let mut gate = [0; GATE];
+        gate[..8].copy_from_slice(&0x8765_8e00_0010_4321_u64.to_le_bytes());
+        gate[8..].copy_from_slice(&0x0000_0000_ffff_ffff_u64.to_le_bytes());
+        assert_eq!(gate_target(&gate), Some(0xffff_ffff_8765_4321));
+        gate[5] &= 0x7f;
+        assert_eq!(gate_target(&gate), None, "not present");
+    }
+
+    #[test]
+    fn segments_come_from_star() {
+        let (code, stack) = kernel_segments(0x0023_0013_0000_0000);
+        assert_eq!((code.selector, stack.selector), (0x10, 0x18));
+        assert_eq!((code.dpl, code.l, code.db), (0, 1, 0));
+        assert_eq!((stack.dpl, stack.l, stack.db), (0, 0, 1));
+    }
+
+    #[test]
+    fn known_first_instructions_are_passed() {
+        let length = |code| passed_by_hand(&code).map(|p| p.length);
+        assert_eq!(length([0xf3, 0x0f, 0x1e, 0xfa]), Some(4));
+        assert_eq!(length([0x0f, 0x1f, 0x00, 0xfc]), Some(3));
+        assert_eq!(length([0x90, 0, 0, 0]), Some(1));
+        assert_eq!(
+            length([0xf3, 0x0f, 0x1e, 0xfb]),
+            None,
+            "endbr32 is not for 64-bit mode"
+        );
+        assert_eq!(length([0x50, 0x53, 0x51, 0x52]), None, "push has an effect");
+        let clac = passed_by_hand(&[0x0f, 0x01, 0xca, 0xfc]);
+        let expected = Passed {
+            length: 3,
+            clears: RFLAGS_AC,
+        };
+        assert_eq!(clac, Some(expected));
+    }
+
+    #[test]
+    fn only_a_user_fetch_at_the_entry_is_a_syscall() {
+        let frame = |error_code: u64, rip: u64, cs: u64| {
+            let words = [error_code, rip, cs, 0x46, 0x7000, 0x1b];
+            let mut bytes = [0; FRAME];
+            for (to, word) in bytes.chunks_mut(8).zip(words) {
+                to.copy_from_slice(&word.to_le_bytes());
+            }
+            FaultFrame::new(&bytes)
+        };
+        assert!(frame(0x15, 0x1000, 0x33).is_entry_in_ring_3(0x1000));
+        assert!(frame(0x5, 0x1000, 0x33).is_entry_in_ring_3(0x1000), "no NX");
+        assert!(!frame(0x15, 0x1001, 0x33).is_entry_in_ring_3(0x1000));
+        assert!(!frame(0x14, 0x1000, 0x33).is_entry_in_ring_3(0x1000));
+        assert!(!frame(0x15, 0x1000, 0x10).is_entry_in_ring_3(0x1000));
+        assert_eq!(frame(0x15, 0x1000, 0x33).rsp, 0x7000);
+    }
+}
