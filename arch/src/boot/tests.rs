@@ -1,0 +1,1 @@
+//! Payloads good and bad.

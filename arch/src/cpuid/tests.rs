@@ -1,0 +1,1 @@
+//! CPUID leaves, by bytes.
