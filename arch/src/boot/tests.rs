@@ -1,1 +1,0 @@
-//! Payloads good and bad.
