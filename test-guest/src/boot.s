@@ -149,13 +149,15 @@ ap32:
     .asciz "Xen"
     .quad start32
 
-# Identity map of 16 GiB with 2 MiB pages, open to CPL 3.
+# Identity map of 16 GiB with 2 MiB pages, open to CPL 3, and once more from 512 GiB on for CPL 0
+# alone.
 .section .tables, "aw"
 .balign 4096
 .globl pml4
 pml4:
     .quad pdpt + 7
-    .fill 511, 8, 0
+    .quad pdpt + 3
+    .fill 510, 8, 0
 pml5:
     .quad pml4 + 7
     .fill 511, 8, 0

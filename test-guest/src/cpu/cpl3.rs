@@ -27,6 +27,9 @@ unsafe extern "C" {
     fn user_syscall(argument: u64) -> u64;
 }
 
+/// What is at address 0 is here too, for CPL 0 alone (see `boot.s`).
+const KERNEL_BASE: u64 = 512 << 30;
+
 static mut TSS: Tss = Tss {
     reserved: 0,
     rsp0: 0,
@@ -46,7 +49,8 @@ pub fn init() {
     }
     wrmsr(0xc000_0080, rdmsr(0xc000_0080) | 1);
     wrmsr(0xc000_0081, 0x1b << 48 | 0x08 << 32);
-    wrmsr(0xc000_0082, syscall_entry as *const () as u64);
+    // As in any kernel, the entry point is none of user code's.
+    wrmsr(0xc000_0082, KERNEL_BASE + syscall_entry as *const () as u64);
     wrmsr(0xc000_0084, 0x200);
 }
 
