@@ -33,7 +33,7 @@ pub fn page_tables() -> Vec<u8> {
     for index in 0..MAPPED / LARGE_PAGE {
         put(
             PD_START + index * 8,
-            index * LARGE_PAGE | PRESENT | WRITABLE | LARGE,
+            (index * LARGE_PAGE) | PRESENT | WRITABLE | LARGE,
         );
     }
     bytes
