@@ -1,6 +1,70 @@
 //! Carries out in user space the instructions that KVM's emulator lacks.
+//!
+//! | where | what |
+//! |---|---|
+//! | `decode` | the instruction at RIP |
+//! | `mmu` | page tables: linear to guest-physical addresses |
+//! | `machine` | the vCPU at one instruction: registers, operands, exceptions |
+//! | `special` | INT n, CLAC, STAC, XGETBV, RDTSCP, RDPID, PKRU, INVPCID, cache lines, MONITOR |
+//! | `descriptors` | VERR, VERW, LAR, LSL |
+//! | `xsave`, `xstate` | XSAVE and XRSTOR in all forms; the vCPU's image |
+//! | `fpcontrol` | FWAIT, FNCLEX, FLDCW, LDMXCSR and their like; #NM, #MF, #UD checks |
+//! | `native` | what only computes (POPCNT, CMPXCHG16B, BMI, x87, SSE, AVX, ...), on the host |
+//!
+//! ```
+//! use hypervisor::fallback::{CpuState, Outcome, step};
+//! # use hypervisor::x86::{CpuidEntry, DebugRegisters, Registers, SpecialRegisters, XsaveArea};
+//! # use hypervisor::{GuestRam, RamError};
+//! # struct Cpu(Registers, SpecialRegisters);
+//! # impl CpuState for Cpu {
+//! #     fn registers(&mut self) -> &mut Registers { &mut self.0 }
+//! #     fn special(&mut self) -> &mut SpecialRegisters { &mut self.1 }
+//! #     fn xsave(&mut self) -> Result<&XsaveArea, String> { Err("none".into()) }
+//! #     fn xsave_mut(&mut self) -> Result<&mut XsaveArea, String> { Err("none".into()) }
+//! #     fn xcr0(&mut self) -> Result<u64, String> { Ok(1) }
+//! #     fn msr(&mut self, _: u32) -> Option<u64> { None }
+//! #     fn set_msr(&mut self, _: u32, _: u64) -> bool { false }
+//! #     fn debug(&mut self) -> Result<DebugRegisters, String> { Err("none".into()) }
+//! #     fn cpuid(&self) -> &[CpuidEntry] { &[] }
+//! # }
+//! # struct Ram(Vec<u8>);
+//! # impl GuestRam for Ram {
+//! #     fn read(&self, gpa: u64, buf: &mut [u8]) -> Result<(), RamError> {
+//! #         let end = gpa as usize + buf.len();
+//! #         buf.copy_from_slice(self.0.get(gpa as usize..end).ok_or(RamError { gpa, len: buf.len() })?);
+//! #         Ok(())
+//! #     }
+//! #     fn write(&self, gpa: u64, buf: &[u8]) -> Result<(), RamError> {
+//! #         Err(RamError { gpa, len: buf.len() })
+//! #     }
+//! # }
+//! // `Cpu` holds plain registers: real mode, RIP 0. `Ram` is a vector with INT3 at address 0.
+//! let mut cpu = Cpu(Registers::default(), SpecialRegisters::default());
+//! cpu.special().cs.limit = 0xffff;
+//! let ram = Ram(vec![0xcc; 16]);
+//! match step(&mut cpu, &ram) {
+//!     Ok(Outcome::Exception { vector, .. }) => assert_eq!(vector, 3),
+//!     other => panic!("{other:?}"),
+//! }
+//! assert_eq!(cpu.registers().rip, 1);
+//! ```
+
+mod decode;
+mod descriptors;
+mod fpcontrol;
+mod machine;
+pub(crate) mod mmu;
+mod names;
+mod native;
+mod special;
+mod xsave;
+mod xstate;
+#[cfg(test)]
+mod tests;
 
 use std::borrow::Cow;
+
+use machine::{Exception, Machine, Step, Stop};
 
 use crate::memory::GuestRam;
 use crate::x86::{CpuidEntry, DebugRegisters, Registers, SpecialRegisters, XsaveArea};
@@ -58,12 +122,68 @@ pub struct Refusal {
     pub why: String,
 }
 
+/// Gets ready: makes the memory mappings that instructions run in. Call it before system calls are
+/// restricted; otherwise the first instruction that needs them makes them (memfd_create, ftruncate,
+/// mmap with PROT_EXEC, close).
+///
+/// # Errors
+///
+/// A sentence, when the system refuses.
+pub fn prepare() -> Result<(), String> {
+    native::prepare()
+}
+
 /// Carries out the one instruction at RIP.
+///
+/// # Errors
+///
+/// A [`Refusal`] for an instruction that is not one of those in the module's list, or cannot be
+/// carried out here; nothing has been changed then, but accessed flags in page tables.
 pub fn step(cpu: &mut dyn CpuState, ram: &dyn GuestRam) -> Result<Outcome, Refusal> {
-    let _ = (cpu, ram);
-    Err(Refusal {
-        instruction: "?".into(),
-        bytes: vec![],
-        why: "not built yet".into(),
-    })
+    let mut machine = match Machine::new(cpu, ram) {
+        Ok(machine) => machine,
+        Err(Stop::Refuse(why)) => return Err(refusal("?".into(), &[], why)),
+        Err(Stop::Exception(exception)) => return Ok(raised("?", exception)),
+    };
+    let result = decode::fetch(&mut machine).and_then(|()| {
+        dispatch(&mut machine)?;
+        machine.finish();
+        Ok(())
+    });
+    let name = names::name(machine.instruction.mnemonic());
+    match result {
+        Ok(()) => Ok(Outcome::Done(name.into())),
+        Err(Stop::Exception(exception)) => Ok(raised(name, exception)),
+        Err(Stop::Refuse(why)) => Err(refusal(
+            decode::text(&machine),
+            machine.bytes.as_slice(),
+            why,
+        )),
+    }
+}
+
+fn dispatch(machine: &mut Machine<'_>) -> Step {
+    special::step(machine)
+        .or_else(|| xsave::step(machine))
+        .or_else(|| fpcontrol::step(machine))
+        .or_else(|| descriptors::step(machine))
+        .or_else(|| native::step(machine))
+        .unwrap_or_else(|| Err(Stop::refuse("it is not on the list")))
+}
+
+fn raised(name: &'static str, exception: Exception) -> Outcome {
+    Outcome::Exception {
+        name: name.into(),
+        vector: exception.vector,
+        error_code: exception.error_code,
+        cr2: exception.cr2,
+    }
+}
+
+fn refusal(instruction: String, bytes: &[u8], why: String) -> Refusal {
+    Refusal {
+        instruction,
+        bytes: bytes.to_vec(),
+        why,
+    }
 }
