@@ -64,7 +64,7 @@ pub enum Error {
 /// [`MPTABLE_START`]. The IOAPIC gets the id after the highest of them.
 ///
 /// # Errors
-/// See [`Error`].
+/// See [`enum@Error`].
 pub fn build(apic_ids: &[u8]) -> Result<Vec<u8>, Error> {
     let highest = apic_ids.iter().copied().max().ok_or(Error::NoCpu)?;
     // 0xff is the broadcast id.

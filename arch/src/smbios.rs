@@ -51,7 +51,7 @@ pub struct SmbiosConfig {
 /// Writes entry point and structures, to be placed at [`SMBIOS_START`].
 ///
 /// # Errors
-/// See [`Error`].
+/// See [`enum@Error`].
 pub fn build(config: &SmbiosConfig) -> Result<Vec<u8>, Error> {
     let mut table = Table::default();
     table.bios_information()?;
