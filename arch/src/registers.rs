@@ -58,7 +58,8 @@ pub fn boot_general(protocol: Protocol, entry: u64) -> Registers {
 
 /// Sets segments, descriptor tables, control registers and EFER; the rest (APIC base, pending interrupts) stays as
 /// it is. PVH: 32-bit protected mode without paging. Linux: long mode on the boot page tables, in 5 levels if
-/// `five_level`. [`crate::boot::Loaded::write_boot_data`] puts what they point to into guest memory.
+/// `five_level`, which needs LA57 in the vCPU's CPUID and a kernel built for it; a kernel entered in 4 levels goes to
+/// 5 by itself. [`crate::boot::Loaded::write_boot_data`] puts what the registers point to into guest memory.
 pub fn set_boot_special(protocol: Protocol, five_level: bool, special: &mut SpecialRegisters) {
     let data = gdt::data();
     special.cs = match protocol {

@@ -138,7 +138,7 @@ fn notes(image: &Image<'_>, headers: &[Elf64_Phdr]) -> Result<Option<u64>, Kerne
         if total > NOTES_MAX {
             return Err(ElfError::NotesTooBig(total).into());
         }
-        let bytes = image.read("notes", header.p_offset, header.p_filesz as usize)?;
+        let bytes = image.read("note segment", header.p_offset, header.p_filesz as usize)?;
         if let Some(entry) = pvh_entry(&bytes, header.p_align)? {
             return Ok(Some(entry));
         }

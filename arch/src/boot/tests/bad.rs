@@ -79,7 +79,7 @@ fn truncated() {
     );
     kernel_refused(
         &whole[..whole.len() - 1],
-        "it is truncated: its notes ends at byte 12308, the file at 12307",
+        "it is truncated: its note segment ends at byte 12308, the file at 12307",
     );
     let whole = BzImage::sound().bytes();
     kernel_refused(
