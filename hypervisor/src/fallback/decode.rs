@@ -49,8 +49,7 @@ fn fetch_into(machine: &mut Machine<'_>, bytes: &mut Bytes) -> Step {
         }
     }
 
-    let mut decoder =
-        Decoder::with_ip(machine.bits, bytes.as_slice(), rip, DecoderOptions::NONE);
+    let mut decoder = Decoder::with_ip(machine.bits, bytes.as_slice(), rip, DecoderOptions::NONE);
     decoder.decode_out(&mut machine.instruction);
     match decoder.last_error() {
         DecoderError::None => {
@@ -67,6 +66,8 @@ fn fetch_into(machine: &mut Machine<'_>, bytes: &mut Bytes) -> Step {
             Some(fault) => Stop::memory(fault, Register::CS),
             None => Stop::protection(0),
         }),
+        // The decoder calls an instruction that goes on after 15 bytes invalid, too.
+        _ if decoder.position() >= LONGEST => Err(Stop::protection(0)),
         _ => Err(Stop::undefined()),
     }
 }

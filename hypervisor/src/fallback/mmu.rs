@@ -160,12 +160,7 @@ pub(crate) struct Mmu {
 impl Mmu {
     /// For accesses at privilege level `cpl` with these control registers and RFLAGS.
     /// `physical_bits` is MAXPHYADDR (CPUID 0x80000008, EAX bits 7:0).
-    pub(crate) fn new(
-        special: &SpecialRegisters,
-        rflags: u64,
-        cpl: u8,
-        physical_bits: u8,
-    ) -> Self {
+    pub(crate) fn new(special: &SpecialRegisters, rflags: u64, cpl: u8, physical_bits: u8) -> Self {
         Self {
             cr0: special.cr0,
             cr3: special.cr3,
@@ -308,15 +303,11 @@ impl Mmu {
                 }
                 Access::Read | Access::Write => {
                     (self.user && !user_page)
-                        || (!self.user
-                            && user_page
-                            && self.cr4 & CR4_SMAP != 0
-                            && !self.smap_off)
+                        || (!self.user && user_page && self.cr4 & CR4_SMAP != 0 && !self.smap_off)
                 }
             };
-            let read_only = access == Access::Write
-                && !writable
-                && (self.user || self.cr0 & CR0_WP != 0);
+            let read_only =
+                access == Access::Write && !writable && (self.user || self.cr0 & CR0_WP != 0);
             if denied || read_only {
                 return Err(fault(ERROR_PRESENT));
             }

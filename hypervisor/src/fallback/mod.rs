@@ -57,10 +57,10 @@ pub(crate) mod mmu;
 mod names;
 mod native;
 mod special;
-mod xsave;
-mod xstate;
 #[cfg(test)]
 mod tests;
+mod xsave;
+mod xstate;
 
 use std::borrow::Cow;
 

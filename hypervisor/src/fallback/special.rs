@@ -81,11 +81,7 @@ fn software_interrupt(m: &mut Machine<'_>, vector: u8, check_gate: bool) -> Step
         let mut gate = [0; 8];
         m.mmu
             .system()
-            .read(
-                m.ram,
-                m.special.idt.base.wrapping_add(offset),
-                &mut gate,
-            )
+            .read(m.ram, m.special.idt.base.wrapping_add(offset), &mut gate)
             .map_err(|fault| Stop::memory(fault, Register::None))?;
         let dpl = (gate[5] >> 5) & 3;
         if m.cpl > dpl {

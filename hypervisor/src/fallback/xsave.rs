@@ -6,8 +6,7 @@ use iced_x86::Mnemonic;
 use super::machine::{CR0_TS, CR4_OSXSAVE, CpuidBit, Machine, Operand, Step, Stop};
 use super::mmu::{Access, Span};
 use super::xstate::{
-    self, Component, EXTENDED, FDP, FIP, FOP, HEADER, MXCSR, MXCSR_INIT, SSE, ST, X87, XMM,
-    XMM_END,
+    self, Component, EXTENDED, FDP, FIP, FOP, HEADER, MXCSR, MXCSR_INIT, SSE, ST, X87, XMM, XMM_END,
 };
 
 const XSAVE: CpuidBit = (1, 0, 2, 26);
@@ -84,7 +83,9 @@ fn requested(m: &mut Machine<'_>) -> u64 {
 
 fn place(m: &Machine<'_>, number: u32) -> Step<Component> {
     xstate::component(m.cpu.cpuid(), number).ok_or_else(|| {
-        Stop::Refuse(format!("CPUID leaf 0xD does not describe component {number}"))
+        Stop::Refuse(format!(
+            "CPUID leaf 0xD does not describe component {number}"
+        ))
     })
 }
 
@@ -184,6 +185,18 @@ fn save(m: &mut Machine<'_>, kind: Save, wide: bool) -> Step {
         wanted & in_use
     };
     let places = places(m, written & !3, compacted.then_some(wanted))?;
+    let mut pieces: Vec<(usize, &[u8])> = vec![];
+    for &(number, offset, size) in &places {
+        let piece = match supervised.iter().find(|(n, _)| *n == number) {
+            Some((_, bytes)) => bytes.get(..size.min(bytes.len())),
+            None => {
+                let from = place(m, number)?.offset;
+                image.get(from..from + size)
+            }
+        };
+        let piece = piece.ok_or_else(|| Stop::refuse("the vCPU's XSAVE image is too short"))?;
+        pieces.push((offset, piece));
+    }
     let span = m.span(operand, end(&places), Access::Write)?;
     let put = |at: usize, bytes: &[u8]| {
         span.write(m.ram, at, bytes)
@@ -215,15 +228,7 @@ fn save(m: &mut Machine<'_>, kind: Save, wide: bool) -> Step {
         bytes[4..].copy_from_slice(&xstate::mxcsr_mask(&image).to_le_bytes());
         put(MXCSR, &bytes)?;
     }
-    for &(number, offset, size) in &places {
-        if let Some((_, bytes)) = supervised.iter().find(|(n, _)| *n == number) {
-            put(offset, &bytes[..size.min(bytes.len())])?;
-            continue;
-        }
-        let from = place(m, number)?.offset;
-        let bytes = image
-            .get(from..from + size)
-            .ok_or_else(|| Stop::refuse("the vCPU's XSAVE image is too short"))?;
+    for (offset, bytes) in pieces {
         put(offset, bytes)?;
     }
 
@@ -266,6 +271,16 @@ fn restore(m: &mut Machine<'_>, supervisor: bool, wide: bool) -> Step {
         return Err(Stop::protection(0));
     }
 
+    let user = wanted & xcr0;
+    let mut targets = vec![];
+    for number in NUMBERS.filter(|n| user & (1 << n) != 0) {
+        targets.push((number, place(m, number)?));
+    }
+    let length = xstate::image(m.cpu)?.len();
+    if targets.iter().any(|(_, t)| t.offset + t.size > length) {
+        return Err(Stop::refuse("the vCPU's XSAVE image is too short"));
+    }
+
     for number in NUMBERS.filter(|n| wanted & !xcr0 & (1 << n) != 0) {
         let from = places.iter().find(|(n, _, _)| *n == number);
         let msrs = supervisor_msrs(number).ok_or_else(|| unknown_supervisor(number))?;
@@ -277,15 +292,7 @@ fn restore(m: &mut Machine<'_>, supervisor: bool, wide: bool) -> Step {
         }
     }
 
-    let user = wanted & xcr0;
-    let mut targets = vec![];
-    for number in NUMBERS.filter(|n| user & (1 << n) != 0) {
-        targets.push((number, place(m, number)?));
-    }
     let image = xstate::image_mut(m.cpu)?;
-    if targets.iter().any(|(_, t)| t.offset + t.size > image.len()) {
-        return Err(Stop::refuse("the vCPU's XSAVE image is too short"));
-    }
     for number in [X87, SSE] {
         if user & (1 << number) != 0 {
             xstate::initialise(image, number, None);

@@ -1,8 +1,8 @@
 //! The XSAVE image of a vCPU: standard format (Intel SDM volume 1, §13.4), with the components
 //! where the guest's CPUID leaf 0xD says.
 
-use super::machine::{Step, Stop, cpuid};
 use super::CpuState;
+use super::machine::{Step, Stop, cpuid};
 use crate::x86::{CpuidEntry, XsaveArea};
 
 /// Component numbers.
@@ -121,7 +121,8 @@ pub(super) fn mxcsr(image: &[u8]) -> u32 {
     get_u32(image, MXCSR)
 }
 
-/// Sets MXCSR. It counts as part of the SSE component.
+/// Sets MXCSR. It counts as part of the SSE component, which is marked as in use when MXCSR
+/// changes, also to its initial value: KVM does not look at MXCSR otherwise.
 pub(super) fn set_mxcsr(image: &mut [u8], value: u32) {
     if value != mxcsr(image) || value != MXCSR_INIT {
         materialise(image, SSE, None);
@@ -169,7 +170,8 @@ pub(super) fn initialise(image: &mut [u8], number: u32, place: Option<Component>
         }
         SSE => fill(image, XMM, XMM_END),
         _ => {
-            if let Some(place) = place {
+            // Supervisor components have no place in the standard format; CPUID gives offset 0.
+            if let Some(place) = place.filter(|place| place.offset >= EXTENDED) {
                 fill(image, place.offset, place.offset + place.size);
             }
         }

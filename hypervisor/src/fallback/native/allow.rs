@@ -55,9 +55,8 @@ pub(super) fn allowed(instruction: &Instruction) -> Option<Kind> {
         _ => {}
     }
     let has = |test: fn(Register) -> bool| {
-        (0..instruction.op_count()).any(|n| {
-            instruction.op_kind(n) == OpKind::Register && test(instruction.op_register(n))
-        })
+        (0..instruction.op_count())
+            .any(|n| instruction.op_kind(n) == OpKind::Register && test(instruction.op_register(n)))
     };
     let (mm, vector) = (
         has(|register| register.is_mm()),

@@ -17,10 +17,10 @@ use iced_x86::{
 use allow::{Kind, allowed, needs_alignment};
 use thunk::{General, IMAGE, State};
 
-use super::{decode, fpcontrol};
 use super::machine::{Machine, Operand, RFLAGS_STATUS, Step, Stop};
 use super::mmu::{Access, Span};
 use super::xstate::{self, FDP, FIP, FOP, MXCSR, SSE, ST, X87, XMM, XMM_END};
+use super::{decode, fpcontrol};
 
 /// The longest memory operand that is copied: a ZMM register, or FNSAVE's area.
 const LONGEST: usize = 128;
@@ -199,8 +199,7 @@ fn check_state(m: &mut Machine<'_>, kind: Kind) -> Step {
 /// Finds and translates the memory operand.
 fn memory(m: &mut Machine<'_>, kind: Kind) -> Step<Option<Memory>> {
     let instruction = m.instruction;
-    let Some(n) =
-        (0..instruction.op_count()).find(|&n| instruction.op_kind(n) == OpKind::Memory)
+    let Some(n) = (0..instruction.op_count()).find(|&n| instruction.op_kind(n) == OpKind::Memory)
     else {
         return Ok(None);
     };
@@ -230,7 +229,9 @@ fn memory(m: &mut Machine<'_>, kind: Kind) -> Step<Option<Memory>> {
     }
     let span = match m.span(operand, size, access) {
         Err(Stop::Exception(_)) if partial => {
-            return Err(Stop::refuse("its masked operand may reach an unmapped page"));
+            return Err(Stop::refuse(
+                "its masked operand may reach an unmapped page",
+            ));
         }
         other => other?,
     };

@@ -163,11 +163,7 @@ pub(super) unsafe fn run(code: &[u8], state: &mut State<'_>) -> Result<(), Strin
         ptr::copy_nonoverlapping(bytes.as_ptr(), thunk.write, CODE);
         ptr::copy_nonoverlapping(state.operand.as_ptr(), thunk.data, state.operand.len());
         enter(context);
-        ptr::copy_nonoverlapping(
-            thunk.data,
-            state.operand.as_mut_ptr(),
-            state.operand.len(),
-        );
+        ptr::copy_nonoverlapping(thunk.data, state.operand.as_mut_ptr(), state.operand.len());
     }
     state.general = context.general;
     state.flags = context.flags;

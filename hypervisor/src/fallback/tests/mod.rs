@@ -13,9 +13,7 @@ use std::sync::Mutex;
 
 use super::{CpuState, Outcome, Refusal, step};
 use crate::memory::{GuestRam, RamError};
-use crate::x86::{
-    CpuidEntry, DebugRegisters, Registers, Segment, SpecialRegisters, XsaveArea,
-};
+use crate::x86::{CpuidEntry, DebugRegisters, Registers, Segment, SpecialRegisters, XsaveArea};
 
 /// Where code is, and the data pages (linear).
 const CODE: u64 = 0x40_0000;

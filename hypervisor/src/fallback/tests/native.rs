@@ -421,7 +421,12 @@ fn pending_x87_exceptions_are_the_guests() {
     // ZM unmasked and ZE set.
     g.cpu.xsave[0..2].copy_from_slice(&0x37b_u16.to_le_bytes());
     g.cpu.xsave[2..4].copy_from_slice(&0x8084_u16.to_le_bytes());
-    for code in [&[0xd9, 0xe8][..], &[0x9b], &[0x0f, 0x6f, 0xc1], &[0x0f, 0x77]] {
+    for code in [
+        &[0xd9, 0xe8][..],
+        &[0x9b],
+        &[0x0f, 0x6f, 0xc1],
+        &[0x0f, 0x77],
+    ] {
         g.raises(code, 16, None, None);
     }
     g.cpu.special.cr0 &= !0x20;
