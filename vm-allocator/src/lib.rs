@@ -1,30 +1,38 @@
-//! Address ranges, interrupt lines, ids: given out, taken back, never overlapping.
+//! Address ranges, interrupt lines and ids: given out, taken back, never overlapping.
+//!
+//! An allocator only keeps the books; what is mapped or wired where is its user's.
 //!
 //! ```
 //! use vm_allocator::{AddressAllocator, IdAllocator};
 //!
-//! let mut window = AddressAllocator::new(0xc000_0000, 640 << 20)?;
-//! let bar = window.allocate(0x4000, 0x4000)?;
-//! window.allocate_at(0xd000_0000, 0x1000)?;
+//! # fn main() -> Result<(), vm_allocator::AllocatorError> {
+//! let mut window = AddressAllocator::new(0xc000_0000, 0x1000_0000)?;
+//! let bar = window.allocate(0x1_0000, 0x1_0000)?;
+//! assert_eq!(bar, 0xc000_0000);
+//! let top = window.allocate_from_top(0x1000, 0x1000)?;
+//! assert_eq!(top, 0xcfff_f000);
+//! window.allocate_at(0xc800_0000, 0x1000)?;
 //! window.free(bar)?;
+//! assert_eq!(window.allocate(0x1000, 0x1000)?, bar);
 //!
-//! let mut lines = IdAllocator::new(5, 23);
-//! assert_eq!(lines.allocate()?, 5);
-//! # Ok::<(), vm_allocator::AllocatorError>(())
+//! let mut slots = IdAllocator::new(1, 31);
+//! assert_eq!(slots.allocate()?, 1);
+//! slots.free(1)?;
+//! # Ok(()) }
 //! ```
 
 mod address;
 mod id;
 
+pub use address::AddressAllocator;
+pub use id::{IdAllocator, IrqAllocator};
+
 use thiserror::Error;
 
-pub use address::AddressAllocator;
-pub use id::IdAllocator;
-
-/// Why nothing was given out or taken back.
+/// What can go wrong in giving out and taking back.
 #[derive(Clone, Copy, Debug, Eq, Error, PartialEq)]
 pub enum AllocatorError {
-    /// A range of no bytes, or one that wraps.
+    /// A range of no bytes, or one that ends past the last address.
     #[error("{size:#x} bytes at {base:#x} are no range")]
     Range {
         /// First address.
@@ -32,40 +40,68 @@ pub enum AllocatorError {
         /// Bytes.
         size: u64,
     },
-    /// Alignment that is no power of two.
+    /// An alignment that is no power of two.
     #[error("{0:#x} is no alignment: it must be a power of two")]
     Alignment(u64),
-    /// Nothing big enough is free.
-    #[error("{size:#x} bytes, aligned to {alignment:#x}, are not free any more")]
-    Full {
+    /// No gap is large enough.
+    #[error("no {size:#x} free bytes, aligned to {alignment:#x}, between {first:#x} and {last:#x}")]
+    NoAddress {
         /// Bytes wanted.
         size: u64,
         /// Alignment wanted.
         alignment: u64,
+        /// First address there is to give.
+        first: u64,
+        /// Last address there is to give.
+        last: u64,
     },
-    /// The very range that was wanted is outside or in use.
-    #[error("{size:#x} bytes at {base:#x} are not free")]
-    Taken {
-        /// First address.
+    /// The range is not the allocator's to give.
+    #[error("{size:#x} bytes at {base:#x} are not within {first:#x} to {last:#x}")]
+    Outside {
+        /// First address wanted.
         base: u64,
-        /// Bytes.
+        /// Bytes wanted.
         size: u64,
+        /// First address there is to give.
+        first: u64,
+        /// Last address there is to give.
+        last: u64,
     },
-    /// Nothing was given out there.
-    #[error("nothing was given out at {0:#x}")]
-    NotAllocated(u64),
-    /// No id is left.
-    #[error("all ids from {first} to {last} are in use")]
+    /// Part of the range is taken.
+    #[error("{size:#x} bytes at {base:#x} overlap what is taken at {other:#x}")]
+    Taken {
+        /// First address wanted.
+        base: u64,
+        /// Bytes wanted.
+        size: u64,
+        /// First address of a range that is taken.
+        other: u64,
+    },
+    /// No range starts there.
+    #[error("no range at {0:#x} was given out")]
+    NotGivenOut(u64),
+    /// Every id is taken.
+    #[error("all numbers from {first} to {last} are taken")]
     NoId {
-        /// Lowest.
+        /// First id there is to give.
         first: u32,
-        /// Highest.
+        /// Last id there is to give.
         last: u32,
     },
-    /// The id that was wanted is outside or in use.
-    #[error("id {0} is not free")]
+    /// The id is not the allocator's to give.
+    #[error("{id} is not within {first} to {last}")]
+    IdOutside {
+        /// The id wanted.
+        id: u32,
+        /// First id there is to give.
+        first: u32,
+        /// Last id there is to give.
+        last: u32,
+    },
+    /// The id is taken.
+    #[error("{0} is taken")]
     IdTaken(u32),
     /// The id was not given out.
-    #[error("id {0} was not given out")]
-    IdNotAllocated(u32),
+    #[error("{0} was not given out")]
+    IdNotGivenOut(u32),
 }
