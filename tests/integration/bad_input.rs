@@ -91,18 +91,22 @@ fn kernels_that_do_not_open() {
 fn files_that_are_no_kernel() {
     let Some(_) = Kvm::here() else { return };
     let place = Place::new();
-    place.refuses_kernel("empty", b"", &[]);
-    place.refuses_kernel("text", b"#!/bin/sh\necho hello\n", &[]);
-    place.refuses_kernel("zeros", &[0; 65536], &[]);
+    place.refuses_kernel("empty", b"", &["neither an ELF image nor a bzImage"]);
+    place.refuses_kernel(
+        "text",
+        b"#!/bin/sh\necho hello\n",
+        &["neither an ELF image"],
+    );
+    place.refuses_kernel("zeros", &[0; 65536], &["neither an ELF image"]);
     let mut image = images::small_elf();
     image[4] = 1;
-    place.refuses_kernel("elf32", &image, &[]);
+    place.refuses_kernel("elf32", &image, &["not a 64-bit ELF image"]);
     let mut image = images::small_elf();
     image[5] = 2;
-    place.refuses_kernel("big-endian", &image, &[]);
+    place.refuses_kernel("big-endian", &image, &["little-endian"]);
     let mut image = images::small_elf();
     image[18] = 183;
-    place.refuses_kernel("aarch64", &image, &[]);
+    place.refuses_kernel("aarch64", &image, &["another machine", "183"]);
 }
 
 #[test]
@@ -110,15 +114,19 @@ fn truncated_kernels() {
     let Some(_) = Kvm::here() else { return };
     let place = Place::new();
     let image = images::small_elf();
-    place.refuses_kernel("in-the-header", &image[..40], &[]);
-    place.refuses_kernel("in-the-program-headers", &image[..80], &[]);
-    place.refuses_kernel("in-the-segment", &image[..6000], &[]);
+    place.refuses_kernel("in-the-header", &image[..40], &["truncated"]);
+    place.refuses_kernel("in-the-program-headers", &image[..80], &["truncated"]);
+    place.refuses_kernel("in-the-segment", &image[..6000], &["truncated"]);
     let guest = fs::read(test_guest()).unwrap();
-    place.refuses_kernel("half-a-guest", &guest[..guest.len() / 2], &[]);
+    place.refuses_kernel("half-a-guest", &guest[..guest.len() / 2], &["truncated"]);
     let image = images::bzimage(test_guest());
-    place.refuses_kernel("bzimage-in-the-header", &image[..0x240], &[]);
-    place.refuses_kernel("bzimage-in-the-setup", &image[..800], &[]);
-    place.refuses_kernel("bzimage-in-the-kernel", &image[..image.len() / 2], &[]);
+    place.refuses_kernel("bzimage-in-the-header", &image[..0x240], &["truncated"]);
+    place.refuses_kernel("bzimage-in-the-setup", &image[..800], &["truncated"]);
+    place.refuses_kernel(
+        "bzimage-in-the-kernel",
+        &image[..image.len() / 2],
+        &["truncated"],
+    );
 }
 
 #[test]
@@ -147,7 +155,11 @@ fn kernels_without_a_way_in() {
     place.refuses_kernel("entry-zero", &image, &["entry"]);
     image[24..32].copy_from_slice(&0x80_0000_u64.to_le_bytes());
     place.refuses_kernel("entry-elsewhere", &image, &["entry"]);
-    place.refuses_kernel("no-segments", &images::elf(0x10_0000, &[], 8192), &[]);
+    place.refuses_kernel(
+        "no-segments",
+        &images::elf(0x10_0000, &[], 8192),
+        &["no segment"],
+    );
 }
 
 #[test]
@@ -159,7 +171,7 @@ fn bzimages_that_are_too_old_or_32_bit() {
     place.refuses_kernel("no-64-bit-entry", &image, &["64-bit"]);
     let mut image = images::bzimage(test_guest());
     image[0x206..0x208].copy_from_slice(&0x0105_u16.to_le_bytes());
-    place.refuses_kernel("protocol-1.5", &image, &[]);
+    place.refuses_kernel("protocol-1.5", &image, &["1.05"]);
 }
 
 #[test]
@@ -180,6 +192,20 @@ fn payloads_bigger_than_memory() {
 }
 
 #[test]
+fn an_empty_initramfs() {
+    let Some(_) = Kvm::here() else { return };
+    let place = Place::new();
+    let nothing = place.file("nothing", b"");
+    place.refuses(
+        &[
+            ("--kernel", test_guest().to_str().unwrap()),
+            ("--initramfs", nothing.to_str().unwrap()),
+        ],
+        &["nothing", "empty"],
+    );
+}
+
+#[test]
 fn command_lines_that_are_too_long() {
     let Some(_) = Kvm::here() else { return };
     let place = Place::new();
@@ -187,6 +213,8 @@ fn command_lines_that_are_too_long() {
     let kernel = test_guest().to_str().unwrap();
     let options = [("--kernel", kernel), ("--cmdline", long.as_str())];
     place.refuses(&options, &["command line", "70000"]);
+    let options = [("--kernel", kernel), ("--cmdline", "name=köln")];
+    place.refuses(&options, &["command line", "ö"]);
 }
 
 #[test]
