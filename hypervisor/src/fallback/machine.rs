@@ -103,6 +103,7 @@ impl Stop {
             MemoryFault::NotRam { gpa } => {
                 Self::Refuse(format!("guest-physical {gpa:#x} is not RAM"))
             }
+            MemoryFault::Unstable => Self::refuse("its page tables keep changing"),
             MemoryFault::TooLong => Self::refuse("its operand is too long"),
         }
     }

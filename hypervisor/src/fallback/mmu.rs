@@ -9,6 +9,8 @@ use crate::memory::{GuestRam, RamError};
 use crate::x86::SpecialRegisters;
 
 const PAGE: u64 = 4096;
+/// Walks of one address, if its entries change meanwhile.
+const WALKS: u32 = 16;
 
 const CR0_PE: u64 = 1;
 const CR0_WP: u64 = 1 << 16;
@@ -62,6 +64,8 @@ pub(crate) enum MemoryFault {
     },
     /// Not a canonical address: #GP(0), or #SS(0) for the stack segment.
     NotCanonical,
+    /// Another vCPU kept changing the page table.
+    Unstable,
     /// Translated, but not to RAM.
     NotRam {
         /// The guest-physical address.
@@ -216,10 +220,21 @@ impl Mmu {
         if self.cr0 & (CR0_PG | CR0_PE) != CR0_PG | CR0_PE {
             return Ok(linear);
         }
-        self.walk(ram, linear, access)
+        for _ in 0..WALKS {
+            if let Some(gpa) = self.walk(ram, linear, access)? {
+                return Ok(gpa);
+            }
+        }
+        Err(MemoryFault::Unstable)
     }
 
-    fn walk(&self, ram: &dyn GuestRam, linear: u64, access: Access) -> Result<u64, MemoryFault> {
+    /// One walk; `None` if an entry changed before its accessed or dirty flag was set.
+    fn walk(
+        &self,
+        ram: &dyn GuestRam,
+        linear: u64,
+        access: Access,
+    ) -> Result<Option<u64>, MemoryFault> {
         let pae = self.cr4 & CR4_PAE != 0;
         let nx_on = pae && self.efer & EFER_NXE != 0;
         let mut code = 0;
@@ -250,7 +265,7 @@ impl Mmu {
         };
         let above_physical = 0x000f_ffff_ffff_ffff & !((1_u64 << self.physical_bits) - 1);
         let (mut writable, mut user_page, mut nx) = (true, true, false);
-        let mut path = [(0_u64, 0_u8); 5];
+        let mut path = [(0_u64, 0_u64); 5];
 
         for level in (1..=levels).rev() {
             let shift = 12 + index_bits * (level - 1);
@@ -278,7 +293,7 @@ impl Mmu {
                 user_page &= entry & ENTRY_USER != 0;
                 nx |= pae && entry & ENTRY_NX != 0;
                 if let Some(step) = path.get_mut(level as usize - 1) {
-                    *step = (at, bytes[0]);
+                    *step = (at, entry);
                 }
             }
             if level > 1 && !large {
@@ -320,7 +335,10 @@ impl Mmu {
                 return Err(fault(ERROR_PRESENT | ERROR_KEY));
             }
 
-            set_flags(ram, &path, level as usize - 1, access)?;
+            let steps = path.get(level as usize - 1..).unwrap_or_default();
+            if !set_flags(ram, steps, entry_size as usize, access)? {
+                return Ok(None);
+            }
             let offset = linear & ((1 << shift) - 1);
             let frame = match (large, pae) {
                 // PSE-36: bits 20:13 of the entry are address bits 39:32.
@@ -328,7 +346,7 @@ impl Mmu {
                 (_, true) => entry & 0x000f_ffff_ffff_f000 & !((1 << shift) - 1),
                 (false, false) => entry & 0xffff_f000,
             };
-            return Ok(frame + offset);
+            return Ok(Some(frame + offset));
         }
         Err(fault(0))
     }
@@ -397,36 +415,40 @@ impl Mmu {
         self.span(ram, linear, buf.len(), Access::Read)?
             .read(ram, 0, buf)
     }
-
-    /// Writes linear memory.
-    pub(crate) fn write(
-        &self,
-        ram: &dyn GuestRam,
-        linear: u64,
-        buf: &[u8],
-    ) -> Result<(), MemoryFault> {
-        let span = self.span(ram, linear, buf.len(), Access::Write)?;
-        span.write(ram, 0, buf)
-    }
 }
 
-/// Sets the accessed flag in every entry of the walk, and the dirty flag in the last. Only the
-/// entry's first byte is written, and only when it changes.
+/// Sets the accessed flag in every entry of the walk, and the dirty flag in the last. `steps` holds
+/// addresses and values, the last entry first. Gives false if an entry is not what it was.
 fn set_flags(
     ram: &dyn GuestRam,
-    path: &[(u64, u8); 5],
-    leaf: usize,
+    steps: &[(u64, u64)],
+    entry_size: usize,
     access: Access,
-) -> Result<(), MemoryFault> {
-    for (n, &(at, low)) in path.iter().enumerate().skip(leaf) {
-        let mut wanted = low | ENTRY_ACCESSED as u8;
-        if n == leaf && access == Access::Write {
-            wanted |= ENTRY_DIRTY as u8;
+) -> Result<bool, MemoryFault> {
+    for (n, &(at, entry)) in steps.iter().enumerate() {
+        let mut wanted = entry | ENTRY_ACCESSED;
+        if n == 0 && access == Access::Write {
+            wanted |= ENTRY_DIRTY;
         }
-        // Steps that the walk did not take hold a zero: not present.
-        if low & ENTRY_PRESENT as u8 != 0 && wanted != low {
-            ram.write(at, &[wanted])?;
+        // Levels that the walk did not have hold a zero: not present.
+        if entry & ENTRY_PRESENT == 0 || wanted == entry {
+            continue;
+        }
+        let block = at & !15;
+        let shift = 8 * (at - block);
+        let mask = if entry_size == 8 {
+            u128::from(u64::MAX)
+        } else {
+            u128::from(u32::MAX)
+        } << shift;
+        let mut bytes = [0; 16];
+        ram.read(block, &mut bytes)?;
+        let current = u128::from_le_bytes(bytes);
+        let unchanged = current & mask == u128::from(entry) << shift;
+        let new = current & !mask | u128::from(wanted) << shift;
+        if !unchanged || !ram.compare_exchange(block, current, new)? {
+            return Ok(false);
         }
     }
-    Ok(())
+    Ok(true)
 }

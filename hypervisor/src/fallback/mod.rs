@@ -9,6 +9,7 @@
 //! | `descriptors` | VERR, VERW, LAR, LSL |
 //! | `xsave`, `xstate` | XSAVE and XRSTOR in all forms; the vCPU's image |
 //! | `fpcontrol` | FWAIT, FNCLEX, FLDCW, LDMXCSR and their like; #NM, #MF, #UD checks |
+//! | `atomic` | CMPXCHG16B for Rust |
 //! | `native` | what only computes (POPCNT, CMPXCHG16B, BMI, x87, SSE, AVX, ...), on the host |
 //!
 //! ```
@@ -37,6 +38,9 @@
 //! #     fn write(&self, gpa: u64, buf: &[u8]) -> Result<(), RamError> {
 //! #         Err(RamError { gpa, len: buf.len() })
 //! #     }
+//! #     fn compare_exchange(&self, gpa: u64, _: u128, _: u128) -> Result<bool, RamError> {
+//! #         Err(RamError { gpa, len: 16 })
+//! #     }
 //! # }
 //! // `Cpu` holds plain registers: real mode, RIP 0. `Ram` is a vector with INT3 at address 0.
 //! let mut cpu = Cpu(Registers::default(), SpecialRegisters::default());
@@ -49,6 +53,7 @@
 //! assert_eq!(cpu.registers().rip, 1);
 //! ```
 
+mod atomic;
 mod decode;
 mod descriptors;
 mod fpcontrol;
@@ -64,6 +69,7 @@ mod xstate;
 
 use std::borrow::Cow;
 
+pub(crate) use atomic::compare_exchange_16;
 use machine::{Exception, Machine, Step, Stop};
 
 use crate::memory::GuestRam;

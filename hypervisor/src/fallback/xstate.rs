@@ -8,7 +8,6 @@ use crate::x86::{CpuidEntry, XsaveArea};
 /// Component numbers.
 pub(super) const X87: u32 = 0;
 pub(super) const SSE: u32 = 1;
-pub(super) const AVX: u32 = 2;
 const PKRU: u32 = 9;
 
 /// XCR0 bits 2:1, which VEX instructions need.

@@ -25,6 +25,8 @@ use super::{decode, fpcontrol};
 /// The longest memory operand that is copied: a ZMM register, or FNSAVE's area.
 const LONGEST: usize = 128;
 const MXCSR_MASKS: u32 = 0x1f80;
+/// How often a locked instruction is tried while other vCPUs change its operand.
+const ATTEMPTS: u32 = 1000;
 
 /// Gets ready to run instructions, so that none of the system calls that this needs (memfd_create,
 /// mmap) comes later.
@@ -62,7 +64,17 @@ fn run(m: &mut Machine<'_>, kind: Kind) -> Step {
         }
     }
     let code = encode(&m.instruction)?;
+    for _ in 0..ATTEMPTS {
+        if attempt(m, kind, memory, &code)? {
+            return Ok(());
+        }
+    }
+    Err(Stop::refuse("its operand keeps changing"))
+}
 
+/// Runs the instruction and takes its results over; false if it was locked and the operand changed
+/// meanwhile, so that nothing has happened.
+fn attempt(m: &mut Machine<'_>, kind: Kind, memory: Option<Memory>, code: &[u8]) -> Step<bool> {
     let mut before = [0; LONGEST];
     let mut after = [0; LONGEST];
     let len = memory.map_or(0, |memory| memory.len);
@@ -91,13 +103,14 @@ fn run(m: &mut Machine<'_>, kind: Kind) -> Step {
         image: image.as_deref_mut(),
         operand: &mut after[..len],
     };
-    execute(&code, &mut state)?;
+    execute(code, &mut state)?;
     let (general, flags) = (state.general, state.flags);
 
     if let Some(memory) = memory
         && memory.writes
+        && !store(m, memory, &before[..len], &after[..len])?
     {
-        store(m, memory, &before[..len], &after[..len])?;
+        return Ok(false);
     }
     if let Some(image) = image {
         let pointers = pointers(m, kind, memory, &before[..len])?;
@@ -109,7 +122,7 @@ fn run(m: &mut Machine<'_>, kind: Kind) -> Step {
         r.r14, r.r15,
     ] = general;
     r.rflags = (r.rflags & !RFLAGS_STATUS) | (flags & RFLAGS_STATUS);
-    Ok(())
+    Ok(true)
 }
 
 #[allow(unsafe_code)]
@@ -120,8 +133,9 @@ fn execute(code: &[u8], state: &mut State<'_>) -> Step {
     unsafe { thunk::run(code, state) }.map_err(Stop::Refuse)
 }
 
-/// Writes the operand back. Of one that need not be written in full, only what changed.
-fn store(m: &Machine<'_>, memory: Memory, before: &[u8], after: &[u8]) -> Step {
+/// Writes the operand back: of one that need not be written in full, only what changed; of a locked
+/// instruction, in one step, or not at all and false if it is no longer what was read.
+fn store(m: &Machine<'_>, memory: Memory, before: &[u8], after: &[u8]) -> Step<bool> {
     let segment = memory.operand.segment;
     let write = |at: usize, bytes: &[u8]| {
         memory
@@ -129,15 +143,29 @@ fn store(m: &Machine<'_>, memory: Memory, before: &[u8], after: &[u8]) -> Step {
             .write(m.ram, at, bytes)
             .map_err(|fault| Stop::memory(fault, segment))
     };
-    if !memory.partial {
-        return write(0, after);
+    if m.instruction.has_lock_prefix() {
+        let (Some(gpa), Ok(before), Ok(after)) = (
+            memory.span.contiguous(),
+            before.try_into().map(u128::from_le_bytes),
+            after.try_into().map(u128::from_le_bytes),
+        ) else {
+            return Err(Stop::refuse("it locks other than 16 bytes"));
+        };
+        return m
+            .ram
+            .compare_exchange(gpa, before, after)
+            .map_err(|error| Stop::memory(error.into(), segment));
     }
-    for (at, (old, new)) in before.iter().zip(after).enumerate() {
-        if old != new {
-            write(at, &[*new])?;
+    if memory.partial {
+        for (at, (old, new)) in before.iter().zip(after).enumerate() {
+            if old != new {
+                write(at, &[*new])?;
+            }
         }
+    } else {
+        write(0, after)?;
     }
-    Ok(())
+    Ok(true)
 }
 
 /// #UD for what the guest's CPUID lacks; refused if it is the host that lacks it.

@@ -210,6 +210,24 @@ fn accessed_and_dirty_are_set_when_used() {
 }
 
 #[test]
+fn an_entry_that_changes_is_walked_again() {
+    let mut g = Guest::new();
+    let walker = mmu(&mut g, 0);
+    // Another vCPU takes the page away between the read of its entry and the accessed flag.
+    let entry = Guest::entry(DATA);
+    walker
+        .translate(&g.ram, DATA + 0x1000, Access::Read)
+        .unwrap();
+    let neighbour = g.get64(entry + 8);
+    *g.ram.interference.lock().unwrap() = Some((entry, u128::from(neighbour) << 64));
+    assert_eq!(
+        walker.translate(&g.ram, DATA, Access::Read),
+        Err(page_fault(0, DATA))
+    );
+    assert_eq!((g.get64(entry), g.get64(entry + 8)), (0, neighbour));
+}
+
+#[test]
 fn protection_keys() {
     use Access::{Execute, Read, Write};
     let mut g = Guest::new();
@@ -234,16 +252,24 @@ fn spans_are_whole_or_nothing() {
     let mut g = Guest::new();
     let walker = mmu(&mut g, 0);
     let bytes: Vec<u8> = (0..4096).map(|n| (n % 251) as u8).collect();
-    walker.write(&g.ram, DATA + 0x777, &bytes).unwrap();
+    walker
+        .span(&g.ram, DATA + 0x777, 4096, Access::Write)
+        .unwrap()
+        .write(&g.ram, 0, &bytes)
+        .unwrap();
     let mut back = vec![0; 4096];
     walker.read(&g.ram, DATA + 0x777, &mut back).unwrap();
     assert_eq!(back, bytes);
     assert_eq!(g.peek::<1>(DATA + 0x777 + 4095), [(4095 % 251) as u8]);
     assert_eq!(
-        walker.write(&g.ram, DATA + 0x3ff0, &[1; 17]),
-        Err(page_fault(2, DATA + 0x4000))
+        walker
+            .span(&g.ram, DATA + 0x3ff0, 17, Access::Write)
+            .unwrap_err(),
+        page_fault(2, DATA + 0x4000)
     );
-    assert_eq!(g.peek::<16>(DATA + 0x3ff0), [0; 16]);
+    let span = walker.span(&g.ram, DATA, 8, Access::Write).unwrap();
+    assert_eq!(span.write(&g.ram, 1, &[1; 8]), Err(MemoryFault::TooLong));
+    assert_eq!(g.peek::<9>(DATA), [0; 9]);
     assert_eq!(
         walker.read(&g.ram, DATA, &mut vec![0; 16385]),
         Err(MemoryFault::TooLong)

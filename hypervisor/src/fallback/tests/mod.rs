@@ -43,11 +43,15 @@ const SF: u64 = 1 << 7;
 const OF: u64 = 1 << 11;
 const AC: u64 = 1 << 18;
 
-struct Ram(Mutex<Vec<u8>>);
+struct Ram {
+    bytes: Mutex<Vec<u8>>,
+    /// What another vCPU writes where, just before the next compare and exchange.
+    interference: Mutex<Option<(u64, u128)>>,
+}
 
 impl Ram {
     fn access(&self, gpa: u64, len: usize, f: impl FnOnce(&mut [u8])) -> Result<(), RamError> {
-        let mut bytes = self.0.lock().unwrap();
+        let mut bytes = self.bytes.lock().unwrap();
         let range = usize::try_from(gpa)
             .ok()
             .and_then(|from| Some(from..from.checked_add(len)?));
@@ -65,6 +69,21 @@ impl GuestRam for Ram {
 
     fn write(&self, gpa: u64, buf: &[u8]) -> Result<(), RamError> {
         self.access(gpa, buf.len(), |ram| ram.copy_from_slice(buf))
+    }
+
+    fn compare_exchange(&self, gpa: u64, current: u128, new: u128) -> Result<bool, RamError> {
+        let mut done = false;
+        self.access(gpa, 16, |ram| {
+            if let Some((at, value)) = self.interference.lock().unwrap().take() {
+                assert_eq!(at, gpa);
+                ram.copy_from_slice(&u128::to_le_bytes(value));
+            }
+            if *ram == current.to_le_bytes() {
+                ram.copy_from_slice(&new.to_le_bytes());
+                done = true;
+            }
+        })?;
+        Ok(done)
     }
 }
 
@@ -212,7 +231,10 @@ impl Guest {
                 ]),
                 cpuid: full_cpuid(),
             },
-            ram: Ram(Mutex::new(vec![0; 0x10_0000])),
+            ram: Ram {
+                bytes: Mutex::new(vec![0; 0x10_0000]),
+                interference: Mutex::new(None),
+            },
         };
         let upper = PRESENT | WRITE | USER_BIT;
         guest.put64(0x1000, 0x2000 | upper);

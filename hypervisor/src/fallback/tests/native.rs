@@ -131,6 +131,30 @@ fn cmpxchg16b_with_and_without_lock() {
 }
 
 #[test]
+fn lock_means_one_step() {
+    if !host("cx16") {
+        return;
+    }
+    let mut g = Guest::new();
+    g.cpu.registers.rdi = DATA;
+    g.cpu.registers.rbx = 5;
+    g.poke(DATA, &[0; 16]);
+    // Another vCPU writes between the read and the exchange: the second attempt sees it.
+    let gpa = g.gpa(DATA);
+    let entry_is_dirty = g.get64(Guest::entry(DATA)) | 0x60;
+    g.put64(Guest::entry(DATA), entry_is_dirty);
+    for table in [0x1000, 0x2000, 0x3010] {
+        g.put64(table, g.get64(table) | 0x20);
+    }
+    g.put64(Guest::entry(CODE), g.get64(Guest::entry(CODE)) | 0x20);
+    *g.ram.interference.lock().unwrap() = Some((gpa, 7 << 64 | 3));
+    g.done("cmpxchg16b", &[0xf0, 0x48, 0x0f, 0xc7, 0x0f]);
+    assert_eq!(g.status(), 0);
+    assert_eq!((g.cpu.registers.rax, g.cpu.registers.rdx), (3, 7));
+    assert_eq!(u128::from_le_bytes(g.peek(DATA)), 7 << 64 | 3);
+}
+
+#[test]
 fn crc32_of_known_bytes() {
     if !host("sse4.2") {
         return;

@@ -130,7 +130,7 @@ fn random_bytes_do_no_harm() {
     let mut ran = 0_u32;
     let mut names = std::collections::HashSet::new();
     let mut g = Guest::new();
-    let pristine = g.ram.0.lock().unwrap().clone();
+    let pristine = g.ram.bytes.lock().unwrap().clone();
     for n in 0..200_000_u32 {
         if n.is_multiple_of(16) {
             // Page tables and code may have been written over.
@@ -178,7 +178,7 @@ fn random_bytes_do_no_harm() {
         );
         if n % 16 == 15 {
             // Frames that no page maps are as they were.
-            let ram = g.ram.0.lock().unwrap();
+            let ram = g.ram.bytes.lock().unwrap();
             assert!(ram[0x40000..] == pristine[0x40000..], "{bytes:x?}");
             let protected = g.cpu.special.cr0 & 0x1_0000 != 0;
             assert!(
