@@ -12,8 +12,16 @@ use crate::fallback::{self, CpuState, Outcome, Refusal};
 use crate::vcpu::VcpuError;
 use crate::x86::{CpuidEntry, DebugRegisters, Registers, SpecialRegisters, XsaveArea};
 
-/// #UD, invalid opcode (Intel SDM volume 3, section 6.15).
+// Vectors (Intel SDM volume 3, section 6.15).
+const DEBUG: u8 = 1;
+const NMI: u8 = 2;
 const INVALID_OPCODE: u8 = 6;
+/// KVM takes lower ones for exceptions, and only those.
+const FIRST_INTERRUPT: u8 = 32;
+
+const RFLAGS_TF: u64 = 1 << 8;
+/// A single step was the cause of #DB.
+const DR6_BS: u64 = 1 << 14;
 
 /// How often each kind of help was given.
 #[derive(Default)]
@@ -184,24 +192,44 @@ impl KvmVcpu {
         self.counters.count(&name);
         match exception {
             Some((vector, error_code)) => self.inject(vector, error_code),
+            None if before.rflags & RFLAGS_TF != 0 => self.single_step(),
             None => Ok(()),
         }
     }
 
-    /// The next run begins with this exception.
+    /// The next run begins with this exception, or with the interrupt of INT n.
     fn inject(&self, vector: u8, error_code: Option<u32>) -> Result<(), VcpuError> {
         let mut events = self
             .fd
             .get_vcpu_events()
             .map_err(self.error("reading the pending events"))?;
-        events.exception.injected = 1;
-        events.exception.pending = 0;
-        events.exception.nr = vector;
-        events.exception.has_error_code = error_code.is_some().into();
-        events.exception.error_code = error_code.unwrap_or(0);
+        if vector < FIRST_INTERRUPT && vector != NMI {
+            events.exception.injected = 1;
+            events.exception.pending = 0;
+            events.exception.nr = vector;
+            events.exception.has_error_code = error_code.is_some().into();
+            events.exception.error_code = error_code.unwrap_or(0);
+        } else {
+            events.interrupt.injected = 1;
+            events.interrupt.nr = vector;
+            events.interrupt.soft = 0;
+        }
         self.fd
             .set_vcpu_events(&events)
             .map_err(self.error("injecting an exception"))
+    }
+
+    /// The trap after an instruction that began with RFLAGS.TF set.
+    fn single_step(&self) -> Result<(), VcpuError> {
+        let mut debug = self
+            .fd
+            .get_debug_regs()
+            .map_err(self.error("reading the debug registers"))?;
+        debug.dr6 |= DR6_BS;
+        self.fd
+            .set_debug_regs(&debug)
+            .map_err(self.error("setting the debug registers"))?;
+        self.inject(DEBUG, None)
     }
 
     fn refused(&self, rip: u64, refusal: Refusal) -> VcpuError {

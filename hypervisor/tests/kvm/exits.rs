@@ -1,11 +1,9 @@
 //! What a guest does comes out as the exit that it should.
 
-use std::sync::mpsc;
-
 use hypervisor::{MemorySlot, VmExit};
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
-use crate::guest::{CODE, DATA, Guest, MMIO, kvm};
+use crate::guest::{CODE, DATA, Guest, MMIO, USER, kick_while_running, kvm, ring_3};
 use crate::guest_code;
 
 /// String output may come in pieces, of whole elements each.
@@ -201,37 +199,32 @@ fn a_write_to_a_read_only_slot_is_mmio() {
     ));
 }
 
-/// For signals that are to end a blocking call and no more.
-extern "C" fn nothing(_: libc::c_int) {}
-
 #[test]
 fn a_kick_ends_a_halt() {
     let Some(kvm) = kvm() else { return };
-    let signal = libc::SIGRTMIN();
-    // SAFETY: the handler does nothing, which is safe in a signal.
-    unsafe { libc::signal(signal, nothing as extern "C" fn(libc::c_int) as usize) };
     let mut guest = Guest::with_lapic(&kvm);
     guest.start(guest_code!("out 0x10, al", "20:", "hlt", "jmp 20b"));
+    assert_eq!(guest.next_out(), (0x10, 0));
+    let guest = kick_while_running(guest);
     let kick = guest.vcpu.kick();
-    let (sender, receiver) = mpsc::channel();
-    let thread = std::thread::spawn(move || {
-        // SAFETY: the call has no preconditions.
-        sender.send(unsafe { libc::pthread_self() }).unwrap();
-        assert_eq!(guest.next_out(), (0x10, 0));
-        sender.send(0).unwrap();
-        assert!(matches!(guest.vcpu.run().unwrap(), VmExit::Interrupted));
-        let kick = guest.vcpu.kick();
-        kick.clear();
-        guest
-    });
-    let thread_id = receiver.recv().unwrap();
-    receiver.recv().unwrap();
-    kick.set();
-    // SAFETY: the thread is not joined yet.
-    unsafe { libc::pthread_kill(thread_id, signal) };
-    drop(thread.join().unwrap());
+    drop(guest);
     // The vCPU is gone; the handle is not.
     kick.set();
+}
+
+#[test]
+fn a_kick_ends_a_loop_of_user_code() {
+    let Some(kvm) = kvm() else { return };
+    let guest = Guest::new(&kvm);
+    guest.start(guest_code!("20:", "jmp 20b"));
+    guest
+        .vcpu
+        .set_special_registers(&ring_3(&*guest.vcpu))
+        .unwrap();
+    let mut registers = guest.vcpu.registers().unwrap();
+    registers.rip = USER + CODE;
+    guest.vcpu.set_registers(&registers).unwrap();
+    kick_while_running(guest);
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! A small 64-bit guest for the tests: RAM, flat segments, an IDT, and code written as assembly.
 
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 
 use hypervisor::kvm::Kvm;
 use hypervisor::x86::{
@@ -205,6 +205,31 @@ impl Guest {
             other => panic!("a write to a port was to come, not {other:?}"),
         }
     }
+}
+
+/// For the signal that is to end a blocking call and no more.
+extern "C" fn nothing(_: libc::c_int) {}
+
+/// Runs the guest in a thread of its own, and kicks it from this one.
+pub fn kick_while_running(mut guest: Guest) -> Guest {
+    let signal = libc::SIGRTMIN();
+    // SAFETY: the handler does nothing, which is safe in a signal.
+    unsafe { libc::signal(signal, nothing as extern "C" fn(libc::c_int) as usize) };
+    let kick = guest.vcpu.kick();
+    let (sender, receiver) = mpsc::channel();
+    let thread = std::thread::spawn(move || {
+        // SAFETY: the call has no preconditions.
+        sender.send(unsafe { libc::pthread_self() }).unwrap();
+        assert!(matches!(guest.vcpu.run().unwrap(), VmExit::Interrupted));
+        guest
+    });
+    let thread_id = receiver.recv().unwrap();
+    kick.set();
+    // SAFETY: the thread is not joined yet.
+    unsafe { libc::pthread_kill(thread_id, signal) };
+    let guest = thread.join().unwrap();
+    kick.clear();
+    guest
 }
 
 /// Everything that KVM offers, for APIC id 0.

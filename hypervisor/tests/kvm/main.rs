@@ -5,6 +5,7 @@
 
 mod events;
 mod exits;
+mod fallback;
 mod guest;
 mod state;
 mod syscall;
