@@ -7,20 +7,18 @@
 //! floating-point exceptions, and the memory operand's translation, for writing if it writes.
 
 mod allow;
+mod encode;
+mod image;
 mod thunk;
 
-use iced_x86::{
-    Code, Decoder, DecoderOptions, Encoder, FlowControl, Instruction, InstructionInfoFactory,
-    MemorySize, Mnemonic, OpAccess, OpKind, Register,
-};
+use iced_x86::{InstructionInfoFactory, MemorySize, Mnemonic, OpAccess, OpKind};
 
 use allow::{Kind, allowed, needs_alignment};
-use thunk::{General, IMAGE, State};
+use thunk::{General, State};
 
 use super::machine::{Machine, Operand, RFLAGS_STATUS, Step, Stop};
 use super::mmu::{Access, Span};
-use super::xstate::{self, FDP, FIP, FOP, MXCSR, SSE, ST, X87, XMM, XMM_END};
-use super::{decode, fpcontrol};
+use super::{fpcontrol, xstate};
 
 /// The longest memory operand that is copied: a ZMM register, or FNSAVE's area.
 const LONGEST: usize = 128;
@@ -63,7 +61,7 @@ fn run(m: &mut Machine<'_>, kind: Kind) -> Step {
             return Err(Stop::refuse("FCW has an exception unmasked"));
         }
     }
-    let code = encode(&m.instruction)?;
+    let code = encode::encode(&m.instruction)?;
     for _ in 0..ATTEMPTS {
         if attempt(m, kind, memory, &code)? {
             return Ok(());
@@ -90,7 +88,7 @@ fn attempt(m: &mut Machine<'_>, kind: Kind, memory: Option<Memory>, code: &[u8])
 
     let mut image = match kind {
         Kind::General => None,
-        _ => Some(load_image(m)?),
+        _ => Some(image::load(m)?),
     };
     let r = *m.cpu.registers();
     let general: General = [
@@ -113,8 +111,9 @@ fn attempt(m: &mut Machine<'_>, kind: Kind, memory: Option<Memory>, code: &[u8])
         return Ok(false);
     }
     if let Some(image) = image {
-        let pointers = pointers(m, kind, memory, &before[..len])?;
-        save_image(m, &image, pointers)?;
+        let pointers =
+            image::pointers(m, kind, memory.map(|memory| memory.operand), &before[..len])?;
+        image::save(m, &image, pointers)?;
     }
     let r = m.cpu.registers();
     [
@@ -127,8 +126,8 @@ fn attempt(m: &mut Machine<'_>, kind: Kind, memory: Option<Memory>, code: &[u8])
 
 #[allow(unsafe_code)]
 fn execute(code: &[u8], state: &mut State<'_>) -> Step {
-    // SAFETY: `encode` let only an instruction of the allow-list through, with its memory operand
-    // at the thunk's data page and no use of RSP; `run` ruled its faults out; `load_image` made
+    // SAFETY: `encode::encode` let only an instruction of the allow-list through, with its memory operand
+    // at the thunk's data page and no use of RSP; `run` ruled its faults out; `image::load` made
     // an image with only the thunk's components and a valid MXCSR.
     unsafe { thunk::run(code, state) }.map_err(Stop::Refuse)
 }
@@ -271,270 +270,4 @@ fn memory(m: &mut Machine<'_>, kind: Kind) -> Step<Option<Memory>> {
         writes,
         partial,
     }))
-}
-
-/// The instruction for the thunk: same code and operands, 64-bit mode, memory operand at the data
-/// page.
-fn encode(original: &Instruction) -> Step<Vec<u8>> {
-    let refuse = || Stop::refuse("it cannot be encoded for the thunk");
-    let (code_at, data_at) = thunk::addresses().map_err(Stop::Refuse)?;
-    let mut wanted = *original;
-    wanted.set_has_rep_prefix(false);
-    wanted.set_has_repne_prefix(false);
-    wanted.set_segment_prefix(Register::None);
-    let has_memory = wanted.op_kinds().any(|kind| kind == OpKind::Memory);
-    if has_memory {
-        wanted.set_memory_base(Register::RIP);
-        wanted.set_memory_index(Register::None);
-        wanted.set_memory_index_scale(1);
-        wanted.set_memory_displ_size(8);
-        wanted.set_memory_displacement64(data_at);
-    }
-    let mut encoder = Encoder::new(64);
-    encoder.encode(&wanted, code_at).map_err(|_| refuse())?;
-    let bytes = encoder.take_buffer();
-
-    // What will run is judged by its bytes, not by what they were made from.
-    let mut decoder = Decoder::with_ip(64, &bytes, code_at, DecoderOptions::NONE);
-    let encoded = decoder.decode();
-    let same = encoded.code() == original.code()
-        && encoded.len() == bytes.len()
-        && bytes.len() <= 15
-        && (0..original.op_count()).all(|n| same_operand(original, &encoded, n))
-        && encoded.op_mask() == original.op_mask()
-        && encoded.is_broadcast() == original.is_broadcast();
-    let operand_ok = !has_memory
-        || (encoded.memory_base() == Register::RIP
-            && encoded.memory_index() == Register::None
-            && encoded.memory_displacement64() == data_at
-            && encoded.segment_prefix() == Register::None);
-    if !same || !operand_ok || allowed(&encoded).is_none() || !is_contained(&encoded) {
-        return Err(refuse());
-    }
-    Ok(bytes)
-}
-
-fn same_operand(a: &Instruction, b: &Instruction, n: u32) -> bool {
-    a.op_kind(n) == b.op_kind(n)
-        && match a.op_kind(n) {
-            OpKind::Register => a.op_register(n) == b.op_register(n),
-            OpKind::Memory => a.memory_size() == b.memory_size(),
-            _ => a.immediate(n) == b.immediate(n),
-        }
-}
-
-/// Whatever the allow-list says: no change of RIP, no stack, no segment or control register, no
-/// memory beyond one explicit operand.
-fn is_contained(encoded: &Instruction) -> bool {
-    if encoded.code() == Code::INVALID
-        || encoded.flow_control() != FlowControl::Next
-        || encoded.is_privileged()
-        || encoded.is_stack_instruction()
-        || encoded.is_string_instruction()
-        || encoded.is_vsib()
-    {
-        return false;
-    }
-    let explicit = encoded
-        .op_kinds()
-        .filter(|kind| *kind == OpKind::Memory)
-        .count();
-    let kinds_ok = encoded.op_kinds().all(|kind| {
-        matches!(
-            kind,
-            OpKind::Register
-                | OpKind::Memory
-                | OpKind::Immediate8
-                | OpKind::Immediate8_2nd
-                | OpKind::Immediate16
-                | OpKind::Immediate32
-                | OpKind::Immediate8to16
-                | OpKind::Immediate8to32
-                | OpKind::Immediate8to64
-                | OpKind::Immediate32to64
-        )
-    });
-    let mut factory = InstructionInfoFactory::new();
-    let info = factory.info(encoded);
-    kinds_ok
-        && explicit <= 1
-        && info.used_memory().len() == explicit
-        && info.used_registers().iter().all(|used| {
-            let register = used.register();
-            let full = register.full_register();
-            full != Register::RSP
-                && (register.is_gpr()
-                    || register.is_vector_register()
-                    || register.is_mm()
-                    || register.is_st()
-                    || register.is_k()
-                    || (register.is_segment_register() && used.access() == OpAccess::Read))
-        })
-}
-
-/// The components that go in and out.
-fn exchanged(m: &mut Machine<'_>) -> Step<u64> {
-    let xcr0 = m.cpu.xcr0().map_err(Stop::Refuse)?;
-    Ok((xcr0 | (1 << X87) | (1 << SSE)) & thunk::components())
-}
-
-/// The vCPU's state as an image for the thunk.
-fn load_image(m: &mut Machine<'_>) -> Step<Box<[u8; IMAGE]>> {
-    let components = exchanged(m)?;
-    let places = places(m, components)?;
-    let mut target = Box::new([0; IMAGE]);
-    let image = xstate::image(m.cpu)?;
-    let in_use = xstate::in_use(image) & components;
-    target[MXCSR..MXCSR + 4].copy_from_slice(&xstate::mxcsr(image).to_le_bytes());
-    if xstate::mxcsr(image) & !xstate::mxcsr_mask(image) & 0xffff != 0
-        || xstate::mxcsr(image) >> 16 != 0
-    {
-        return Err(Stop::refuse("MXCSR has a reserved bit set"));
-    }
-    if in_use & (1 << X87) != 0 {
-        target[..MXCSR].copy_from_slice(&image[..MXCSR]);
-        target[ST..XMM].copy_from_slice(&image[ST..XMM]);
-    }
-    if in_use & (1 << SSE) != 0 {
-        target[XMM..XMM_END].copy_from_slice(&image[XMM..XMM_END]);
-    }
-    for place in places {
-        if in_use & (1 << place.number) != 0 {
-            let from = image
-                .get(place.guest..place.guest + place.size)
-                .ok_or_else(|| Stop::refuse("the vCPU's XSAVE image is too short"))?;
-            target[place.host..place.host + place.size].copy_from_slice(from);
-        }
-    }
-    xstate::set_in_use(target.as_mut_slice(), in_use);
-    if in_use & (1 << X87) != 0 {
-        xstate::summarise(target.as_mut_slice());
-    }
-    Ok(target)
-}
-
-/// The thunk's image back into the vCPU's state.
-fn save_image(m: &mut Machine<'_>, source: &[u8; IMAGE], pointers: Pointers) -> Step {
-    let components = exchanged(m)?;
-    let places = places(m, components)?;
-    let in_use = xstate::in_use(source);
-    let image = xstate::image_mut(m.cpu)?;
-    for number in [X87, SSE] {
-        xstate::initialise(image, number, None);
-    }
-    if in_use & (1 << X87) != 0 {
-        xstate::materialise(image, X87, None);
-        image[..MXCSR].copy_from_slice(&source[..MXCSR]);
-        image[ST..XMM].copy_from_slice(&source[ST..XMM]);
-        set_pointers(image, pointers);
-    }
-    if in_use & (1 << SSE) != 0 {
-        xstate::materialise(image, SSE, None);
-        image[XMM..XMM_END].copy_from_slice(&source[XMM..XMM_END]);
-    }
-    xstate::set_mxcsr(image, xstate::mxcsr(source));
-    for place in places {
-        let component = Some(place.component);
-        xstate::initialise(image, place.number, component);
-        if in_use & (1 << place.number) != 0 {
-            xstate::materialise(image, place.number, component);
-            xstate::put(
-                image,
-                place.guest,
-                &source[place.host..place.host + place.size],
-            );
-        }
-    }
-    Ok(())
-}
-
-/// Where a component lies in both images.
-struct Place {
-    number: u32,
-    component: xstate::Component,
-    guest: usize,
-    host: usize,
-    size: usize,
-}
-
-fn places(m: &Machine<'_>, components: u64) -> Step<Vec<Place>> {
-    let mut places = vec![];
-    for number in (2..8).filter(|n| components & (1 << n) != 0) {
-        let component = xstate::component(m.cpu.cpuid(), number);
-        let (Some(component), Some((host, size))) = (component, thunk::place(number)) else {
-            return Err(Stop::Refuse(format!("component {number} has no place")));
-        };
-        if component.size != size {
-            return Err(Stop::Refuse(format!("component {number} differs in size")));
-        }
-        places.push(Place {
-            number,
-            component,
-            guest: component.offset,
-            host,
-            size,
-        });
-    }
-    Ok(places)
-}
-
-/// x87 instruction and data pointers and opcode.
-#[derive(Clone, Copy, Default)]
-struct Pointers {
-    fip: u64,
-    fdp: u64,
-    fop: u16,
-}
-
-/// The pointers after the instruction. They are not taken from the host: what it holds is the
-/// thunk's address, or nothing, since some processors keep them only for pending exceptions.
-fn pointers(
-    m: &mut Machine<'_>,
-    kind: Kind,
-    memory: Option<Memory>,
-    loaded: &[u8],
-) -> Step<Pointers> {
-    let image = xstate::image(m.cpu)?;
-    let mut pointers = if xstate::in_use(image) & (1 << X87) == 0 {
-        Pointers::default()
-    } else {
-        Pointers {
-            fip: xstate::get_u64(image, FIP),
-            fdp: xstate::get_u64(image, FDP),
-            fop: xstate::get_u16(image, FOP),
-        }
-    };
-    match kind {
-        Kind::X87 => {
-            pointers.fip = m.instruction.ip();
-            pointers.fop = decode::x87_opcode(m.bytes.as_slice());
-            if let Some(memory) = memory {
-                pointers.fdp = memory.operand.offset;
-            }
-        }
-        // SDM volume 1, figures 8-9 and 8-11: the 32-bit and 16-bit protected mode formats.
-        Kind::X87Load
-            if matches!(
-                m.instruction.memory_size(),
-                MemorySize::FpuEnv28 | MemorySize::FpuState108
-            ) =>
-        {
-            pointers.fip = u64::from(xstate::get_u32(loaded, 12));
-            pointers.fop = xstate::get_u16(loaded, 18) & 0x7ff;
-            pointers.fdp = u64::from(xstate::get_u32(loaded, 20));
-        }
-        Kind::X87Load => {
-            pointers.fip = u64::from(xstate::get_u16(loaded, 6));
-            pointers.fdp = u64::from(xstate::get_u16(loaded, 10));
-        }
-        _ if m.instruction.mnemonic() == Mnemonic::Fnsave => pointers = Pointers::default(),
-        _ => {}
-    }
-    Ok(pointers)
-}
-
-fn set_pointers(image: &mut [u8], pointers: Pointers) {
-    xstate::put(image, FIP, &pointers.fip.to_le_bytes());
-    xstate::put(image, FDP, &pointers.fdp.to_le_bytes());
-    xstate::put(image, FOP, &pointers.fop.to_le_bytes());
 }
