@@ -125,7 +125,7 @@ impl Cmos {
         if self.stored(STATUS_B) & BINARY != 0 {
             value
         } else {
-            value / 10 % 10 << 4 | value % 10
+            ((value / 10 % 10) << 4) | (value % 10)
         }
     }
 
@@ -133,7 +133,7 @@ impl Cmos {
         if self.stored(STATUS_B) & HOURS_24 != 0 {
             return self.coded(hour);
         }
-        let twelve = if hour % 12 == 0 { 12 } else { hour % 12 };
+        let twelve = (hour + 11) % 12 + 1;
         let half = if hour >= 12 { AFTERNOON } else { 0 };
         self.coded(twelve) | half
     }

@@ -32,15 +32,15 @@ mod test_support;
 /// Fills `data` from byte-wide registers, as the ISA bus splits a wide access. A register past the last is
 /// whatever `read` says of it.
 fn read_bytes(offset: u64, data: &mut [u8], mut read: impl FnMut(u64) -> u8) {
-    for (register, byte) in (offset..).zip(data) {
-        *byte = read(register);
+    for (index, byte) in (0..).zip(data) {
+        *byte = read(offset.saturating_add(index));
     }
 }
 
 /// Spreads `data` over byte-wide registers, as the ISA bus splits a wide access.
 fn write_bytes(offset: u64, data: &[u8], mut write: impl FnMut(u64, u8)) {
-    for (register, &byte) in (offset..).zip(data) {
-        write(register, byte);
+    for (index, &byte) in (0..).zip(data) {
+        write(offset.saturating_add(index), byte);
     }
 }
 

@@ -1,8 +1,8 @@
 //! What the tests of several devices share: a trigger that counts, and accesses that no driver makes.
 
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
 use vm_device::{BusDevice, BusDeviceMut, Trigger};
 
@@ -46,5 +46,60 @@ pub fn hostile(device: &dyn BusDevice, size: u64) {
                 device.read(offset, &mut data);
             }
         }
+    }
+}
+
+/// An output that takes as many bytes as it has room for, and then would block.
+#[derive(Clone)]
+pub struct Sink(Arc<Mutex<SinkState>>);
+
+struct SinkState {
+    taken: Vec<u8>,
+    room: usize,
+    error: Option<io::ErrorKind>,
+}
+
+impl Sink {
+    pub fn new(room: usize) -> Self {
+        Self(Arc::new(Mutex::new(SinkState {
+            taken: Vec::new(),
+            room,
+            error: None,
+        })))
+    }
+
+    /// From now on there is room for `room` bytes.
+    pub fn set_room(&self, room: usize) {
+        self.0.lock().unwrap().room = room;
+    }
+
+    /// From now on every write fails.
+    pub fn fail(&self, error: io::ErrorKind) {
+        self.0.lock().unwrap().error = Some(error);
+    }
+
+    /// What was written since the last call.
+    pub fn take(&self) -> Vec<u8> {
+        std::mem::take(&mut self.0.lock().unwrap().taken)
+    }
+}
+
+impl io::Write for Sink {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let mut state = self.0.lock().unwrap();
+        if let Some(error) = state.error {
+            return Err(error.into());
+        }
+        let count = bytes.len().min(state.room);
+        if count == 0 {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        state.room -= count;
+        state.taken.extend_from_slice(&bytes[..count]);
+        Ok(count)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }

@@ -75,12 +75,14 @@ impl Serial {
         Cause(all & self.enabled.0)
     }
 
-    /// Pulses the line for causes that it was not pulsed for since they arose. After every access and input.
+    /// Pulses the line where causes are pending and one of them arose or another went away. After every access and
+    /// input.
     pub(super) fn tell(&mut self) {
         let pending = self.pending();
-        let news = pending.without(self.told);
+        let changed = pending != self.told;
         self.told = pending;
-        if news != Cause::empty()
+        if changed
+            && pending != Cause::empty()
             && let Err(e) = self.interrupt.trigger()
         {
             log::debug!("serial port: interrupt lost: {e}");

@@ -5,13 +5,15 @@
 //! data below the trigger level.
 //!
 //! Interrupts leave as edges. A cause (line status, data, transmitter empty, modem status) is told once when it
-//! arises, whether or not another is pending, and again when it went away and came back, be it within one access:
+//! arises, whether or not another is pending, and again when it went away and came back, be it within one access.
+//! What is still pending when another cause goes away is told again, for a driver that serves one cause an interrupt.
 //!
 //! ```text
 //!              arises, enabled: trigger()
-//!   absent ------------------------------> told
-//!      ^                                    |  cleared by its register (table IV), or disabled in IER
-//!      +------------------------------------+
+//!   absent ------------------------------> told --+ another cause goes away: trigger()
+//!      ^                                   |  ^   |
+//!      +-----------------------------------+  +---+
+//!        cleared by its register (table IV), or disabled in IER
 //! ```
 
 mod interrupts;
