@@ -147,7 +147,7 @@ pub fn bzimage(path: &Path) -> Vec<u8> {
     out[0x211] = 1; // loaded high
     out[0x214..0x218].copy_from_slice(&0x10_0000_u32.to_le_bytes()); // code32_start
     out[0x22c..0x230].copy_from_slice(&0x7fff_ffff_u32.to_le_bytes()); // initrd_addr_max
-    out[0x230..0x234].copy_from_slice(&0x20_0000_u32.to_le_bytes()); // kernel_alignment
+    out[0x230..0x234].copy_from_slice(&0x10_0000_u32.to_le_bytes()); // kernel_alignment
     out[0x236] = 1; // xloadflags: 64-bit entry
     out[0x238..0x23c].copy_from_slice(&0xffff_u32.to_le_bytes()); // cmdline_size
     out[0x258..0x260].copy_from_slice(&GUEST_START.to_le_bytes()); // pref_address
