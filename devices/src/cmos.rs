@@ -211,3 +211,166 @@ impl Time {
 fn low(value: u64) -> u8 {
     u8::try_from(value).unwrap_or(0)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+    use std::time::Duration;
+
+    use super::*;
+    use crate::test_support::{hostile, inb};
+
+    const GIB: u64 = 1 << 30;
+
+    fn cmos(below_4g: u64, above_4g: u64, seconds: u64) -> Cmos {
+        let now = UNIX_EPOCH + Duration::from_secs(seconds);
+        Cmos::new(below_4g, above_4g, Box::new(move || now))
+    }
+
+    fn get(cmos: &mut Cmos, register: u8) -> u8 {
+        cmos.write(0, &[register]);
+        inb(cmos, 1)
+    }
+
+    fn set(cmos: &mut Cmos, register: u8, value: u8) {
+        // Index and data in one access, as some firmware does.
+        cmos.write(0, &[register, value]);
+    }
+
+    fn clock(cmos: &mut Cmos) -> [u8; 8] {
+        [
+            CENTURY,
+            YEAR,
+            MONTH,
+            DAY_OF_MONTH,
+            DAY_OF_WEEK,
+            HOURS,
+            MINUTES,
+            SECONDS,
+        ]
+        .map(|r| get(cmos, r))
+    }
+
+    #[test]
+    fn tells_the_time_in_bcd_or_binary() {
+        // Friday, 28 February 2020, 23:59:58.
+        let mut cmos = cmos(0, 0, 1_582_934_398);
+        assert_eq!(
+            clock(&mut cmos),
+            [0x20, 0x20, 0x02, 0x28, 0x06, 0x23, 0x59, 0x58]
+        );
+        set(&mut cmos, STATUS_B, HOURS_24 | BINARY);
+        assert_eq!(clock(&mut cmos), [20, 20, 2, 28, 6, 23, 59, 58]);
+        set(&mut cmos, STATUS_B, BINARY);
+        assert_eq!(get(&mut cmos, HOURS), 11 | AFTERNOON);
+        set(&mut cmos, STATUS_B, 0);
+        assert_eq!(get(&mut cmos, HOURS), 0x11 | AFTERNOON);
+    }
+
+    #[test]
+    fn twelve_hour_clocks_know_no_zero() {
+        for (hour, told) in [
+            (0, 12),
+            (1, 1),
+            (11, 11),
+            (12, 12 | AFTERNOON),
+            (13, 1 | AFTERNOON),
+        ] {
+            let mut cmos = cmos(0, 0, hour * 3600);
+            set(&mut cmos, STATUS_B, BINARY);
+            assert_eq!(get(&mut cmos, HOURS), told);
+        }
+    }
+
+    #[test]
+    fn every_day_follows_the_one_before() {
+        const LENGTHS: [u8; 12] = [31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31];
+        let (mut year, mut month, mut day, mut weekday) = (1970u16, 1u8, 1u8, 5u8);
+        // To the year 2405: over a century that leaps and three that do not.
+        for days in 0..159_000u64 {
+            let expected = Time {
+                second: 0,
+                minute: 0,
+                hour: 12,
+                day_of_week: weekday,
+                day,
+                month,
+                year_of_century: (year % 100) as u8,
+                century: (year / 100) as u8,
+            };
+            let noon = UNIX_EPOCH + Duration::from_secs(days * 86_400 + 43_200);
+            assert_eq!(Time::of(noon), expected);
+            let leaps = year % 4 == 0 && year % 100 != 0 || year % 400 == 0;
+            let length = LENGTHS[usize::from(month) - 1] + u8::from(leaps && month == 2);
+            weekday = weekday % 7 + 1;
+            day += 1;
+            if day > length {
+                (day, month) = (1, month + 1);
+            }
+            if month > 12 {
+                (month, year) = (1, year + 1);
+            }
+        }
+        assert_eq!(year, 2405);
+    }
+
+    #[test]
+    fn a_host_without_a_clock_has_some_time() {
+        let before = Cmos::new(0, 0, Box::new(|| UNIX_EPOCH - Duration::from_secs(1)));
+        assert_eq!(Time::of((before.now)()).century, 19);
+        let far = UNIX_EPOCH + Duration::from_secs(i64::MAX as u64);
+        assert!(Time::of(far).century < 100);
+    }
+
+    #[test]
+    fn status_says_that_the_time_is_good() {
+        let mut cmos = cmos(0, 0, 0);
+        set(&mut cmos, STATUS_A, 0xff);
+        assert_eq!(get(&mut cmos, STATUS_A), 0x7f, "never in an update");
+        set(&mut cmos, STATUS_C, 0xff);
+        assert_eq!(get(&mut cmos, STATUS_C), 0);
+        set(&mut cmos, STATUS_D, 0);
+        assert_eq!(get(&mut cmos, STATUS_D), VALID);
+    }
+
+    #[test]
+    fn memory_sizes() {
+        let sizes = |below, above| {
+            let mut cmos = cmos(below, above, 0);
+            let mut number = |at: usize, bytes: usize| {
+                (at..at + bytes)
+                    .rev()
+                    .fold(0u32, |n, r| n << 8 | u32::from(get(&mut cmos, r as u8)))
+            };
+            assert_eq!(number(0x17, 2), number(0x30, 2));
+            [
+                number(0x15, 2),
+                number(0x17, 2),
+                number(0x34, 2),
+                number(0x5b, 3),
+            ]
+        };
+        assert_eq!(sizes(512 << 10, 0), [512, 0, 0, 0]);
+        assert_eq!(sizes(32 << 20, 0), [640, 31 << 10, 16 << 4, 0]);
+        assert_eq!(
+            sizes(3 * GIB, 5 * GIB),
+            [640, 0xffff, ((3 * GIB - (16 << 20)) >> 16) as u32, 5 << 14]
+        );
+        assert_eq!(sizes(u64::MAX, u64::MAX), [640, 0xffff, 0xffff, 0xff_ffff]);
+    }
+
+    #[test]
+    fn the_rest_is_ram() {
+        let mut cmos = cmos(0, 0, 0);
+        set(&mut cmos, 0x0f, 0x12);
+        set(&mut cmos, 0x7f, 0x34);
+        // Bit 7 of the index masks NMIs.
+        assert_eq!((get(&mut cmos, 0x8f), get(&mut cmos, 0xff)), (0x12, 0x34));
+        assert_eq!(inb(&mut cmos, 0), 0xff, "the index reads back");
+    }
+
+    #[test]
+    fn survives_any_access() {
+        hostile(&Mutex::new(cmos(0, 0, 0)), 2);
+    }
+}

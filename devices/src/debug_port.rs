@@ -63,3 +63,27 @@ impl BusDeviceMut for DebugPort {
         });
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+    use crate::test_support::{hostile, inb};
+
+    #[test]
+    fn the_last_code_reads_back_however_many_there_were() {
+        let mut port = DebugPort::new();
+        assert_eq!(inb(&mut port, 0), 0);
+        for code in (0..=LOGGED + 10).map(|n| n as u8) {
+            port.write(0, &[code, 0xee]);
+            assert_eq!(inb(&mut port, 0), code);
+        }
+        assert_eq!(port.left, 0);
+    }
+
+    #[test]
+    fn survives_any_access() {
+        hostile(&Mutex::new(DebugPort::new()), 1);
+    }
+}

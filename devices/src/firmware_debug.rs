@@ -67,3 +67,56 @@ impl BusDeviceMut for FirmwareDebug {
         });
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+    use std::sync::Mutex;
+
+    use super::*;
+    use crate::test_support::{Sink, hostile, inb};
+
+    fn print(port: &mut FirmwareDebug, text: &[u8]) {
+        for byte in text {
+            port.write(0, &[*byte]);
+        }
+    }
+
+    #[test]
+    fn lines_come_whole_and_a_last_one_at_the_end() {
+        let sink = Sink::new(usize::MAX);
+        let mut port = FirmwareDebug::new(Box::new(sink.clone()));
+        assert_eq!(inb(&mut port, 0), PRESENT);
+        print(&mut port, b"SEC: start");
+        assert_eq!(sink.take(), b"");
+        print(&mut port, b"\nPEI");
+        assert_eq!(sink.take(), b"SEC: start\n");
+        drop(port);
+        assert_eq!(sink.take(), b"PEI");
+    }
+
+    #[test]
+    fn an_endless_line_comes_in_pieces() {
+        let sink = Sink::new(usize::MAX);
+        let mut port = FirmwareDebug::new(Box::new(sink.clone()));
+        print(&mut port, &[b'x'; 3 * LINE - 1]);
+        assert_eq!(sink.take().len(), 2 * LINE);
+        assert!(port.line.len() < LINE);
+    }
+
+    #[test]
+    fn an_output_that_fails_is_no_concern_of_the_guest() {
+        let sink = Sink::new(0);
+        let mut port = FirmwareDebug::new(Box::new(sink.clone()));
+        print(&mut port, b"lost\n");
+        sink.fail(io::ErrorKind::BrokenPipe);
+        print(&mut port, b"lost\n");
+        assert!(port.line.is_empty());
+        assert_eq!(sink.take(), b"");
+    }
+
+    #[test]
+    fn survives_any_access() {
+        hostile(&Mutex::new(FirmwareDebug::new(Box::new(Sink::new(9)))), 1);
+    }
+}

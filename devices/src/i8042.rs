@@ -92,3 +92,60 @@ impl BusDeviceMut for I8042 {
         });
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+    use crate::test_support::{Counter, hostile, inb};
+
+    fn port() -> (I8042, Arc<Counter>) {
+        let reset = Counter::new();
+        (I8042::new(reset.clone()), reset)
+    }
+
+    #[test]
+    fn pulsing_output_line_0_resets() {
+        let (mut i8042, reset) = port();
+        i8042.write(COMMAND, &[0xfe]);
+        assert_eq!(reset.take(), 1);
+        i8042.write(COMMAND, &[0xf0]);
+        assert_eq!(reset.take(), 1);
+        for command in (0..0xf0).chain([0xff, 0xfd]) {
+            i8042.write(COMMAND, &[command]);
+        }
+        // The command port alone.
+        i8042.write(0, &[0xfe, 0xfe, 0xfe]);
+        assert_eq!(reset.take(), 0);
+    }
+
+    #[test]
+    fn a_command_with_an_answer_shows_it_once() {
+        let (mut i8042, _) = port();
+        assert_eq!(inb(&mut i8042, COMMAND), NOT_LOCKED | SYSTEM_FLAG);
+        // Linux reads the command byte first.
+        i8042.write(COMMAND, &[0x20]);
+        assert_eq!(
+            inb(&mut i8042, COMMAND),
+            NOT_LOCKED | SYSTEM_FLAG | OUTPUT_FULL
+        );
+        assert_eq!(inb(&mut i8042, COMMAND), NOT_LOCKED | SYSTEM_FLAG);
+        i8042.write(COMMAND, &[0x60]);
+        assert_eq!(inb(&mut i8042, COMMAND), NOT_LOCKED | SYSTEM_FLAG);
+    }
+
+    #[test]
+    fn port_b_never_keeps_a_guest_waiting() {
+        let (mut i8042, _) = port();
+        i8042.write(CONTROL_B, &[0xfd]);
+        let (first, second) = (inb(&mut i8042, CONTROL_B), inb(&mut i8042, CONTROL_B));
+        assert_eq!(first ^ second, REFRESH, "delay loops wait for a change");
+        assert_eq!(first & !REFRESH, TIMER_2_DONE | 0xd);
+    }
+
+    #[test]
+    fn survives_any_access() {
+        hostile(&Mutex::new(port().0), 4);
+    }
+}

@@ -44,3 +44,40 @@ impl BusDeviceMut for Ged {
     /// Everything is for reading.
     fn write(&mut self, _offset: u64, _data: &[u8]) {}
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+    use crate::test_support::{Counter, hostile, inb};
+
+    #[test]
+    fn kinds_gather_until_the_guest_reads_them() {
+        let interrupt = Counter::new();
+        let mut ged = Ged::new(interrupt.clone());
+        assert_eq!(inb(&mut ged, 0), 0);
+        ged.notify(1).unwrap();
+        ged.notify(8).unwrap();
+        assert_eq!(interrupt.take(), 2);
+        assert_eq!(inb(&mut ged, 1), 0);
+        ged.write(0, &[0xff]);
+        let mut data = [0xff; 4];
+        ged.read(0, &mut data);
+        assert_eq!(data, [9, 0, 0, 0]);
+        assert_eq!(inb(&mut ged, 0), 0);
+    }
+
+    #[test]
+    fn a_kind_survives_an_interrupt_that_failed() {
+        let broken = || Err(io::ErrorKind::BrokenPipe.into());
+        let mut ged = Ged::new(Arc::new(broken));
+        assert!(ged.notify(4).is_err());
+        assert_eq!(inb(&mut ged, 0), 4);
+    }
+
+    #[test]
+    fn survives_any_access() {
+        hostile(&Mutex::new(Ged::new(Counter::new())), 4);
+    }
+}

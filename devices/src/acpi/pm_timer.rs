@@ -44,3 +44,45 @@ impl BusDeviceMut for PmTimer {
     /// The counter is for reading.
     fn write(&mut self, _offset: u64, _data: &[u8]) {}
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+    use crate::test_support::hostile;
+
+    #[test]
+    fn counts_at_its_frequency_and_wraps_at_32_bits() {
+        assert_eq!(ticks(Duration::ZERO), 0);
+        assert_eq!(ticks(Duration::from_secs(1)), 3_579_545);
+        assert_eq!(ticks(Duration::from_nanos(279)), 0);
+        assert_eq!(ticks(Duration::from_nanos(280)), 1);
+        let hour = 3600 * 3_579_545u64;
+        assert_eq!(
+            u64::from(ticks(Duration::from_secs(3600))),
+            hour % (1 << 32)
+        );
+        ticks(Duration::MAX);
+    }
+
+    #[test]
+    fn goes_forward_and_ignores_writes() {
+        let mut timer = PmTimer::new();
+        let mut last = 0;
+        for _ in 0..100 {
+            timer.write(0, &[0xff; 4]);
+            let mut data = [0xff; 8];
+            timer.read(0, &mut data);
+            assert_eq!(data[4..], [0; 4], "nothing after it");
+            let now = u32::from_le_bytes([data[0], data[1], data[2], data[3]]);
+            assert!(now >= last);
+            last = now;
+        }
+    }
+
+    #[test]
+    fn survives_any_access() {
+        hostile(&Mutex::new(PmTimer::new()), 4);
+    }
+}

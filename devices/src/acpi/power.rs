@@ -56,3 +56,40 @@ impl BusDeviceMut for PowerPort {
         });
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+    use crate::test_support::{Counter, hostile, inb};
+
+    fn port() -> (PowerPort, Arc<Counter>, Arc<Counter>) {
+        let (shutdown, reset) = (Counter::new(), Counter::new());
+        (
+            PowerPort::new(shutdown.clone(), reset.clone()),
+            shutdown,
+            reset,
+        )
+    }
+
+    #[test]
+    fn one_value_resets_and_sleep_type_5_shuts_down() {
+        let (mut port, shutdown, reset) = port();
+        for value in 0..=255u8 {
+            port.write(0, &[value]);
+            let shuts_down = value & 0x3c == 0x34;
+            assert_eq!(shutdown.take(), usize::from(shuts_down), "{value:#x}");
+            assert_eq!(reset.take(), usize::from(value == 1), "{value:#x}");
+        }
+        // Linux clears the wake status first and reads it later.
+        port.write(1, &[0x34, 1]);
+        assert_eq!(inb(&mut port, 0), 0);
+        assert_eq!((shutdown.take(), reset.take()), (0, 0));
+    }
+
+    #[test]
+    fn survives_any_access() {
+        hostile(&Mutex::new(port().0), 1);
+    }
+}
