@@ -159,7 +159,8 @@ unpack_bzimage() {
     length=$(number "$image" 588 4)
     start=$(((sectors + 1) * 512 + offset))
     # The build appends the unpacked size, which no unpacker expects.
-    tail -c "+$((start + 1))" "$image" | head -c "$((length - 4))" >"$elf.packed"
+    dd if="$image" of="$elf.packed" bs=1M iflag=skip_bytes,count_bytes skip="$start" \
+        count="$((length - 4))" status=none
     size=$(number "$image" "$((start + length - 4))" 4)
     magic=$(od -An -tx1 -N4 "$elf.packed" | tr -d ' ')
     case $magic in

@@ -1,2 +1,94 @@
-//! The `cloud-hypervisor` binary.
-fn main() {}
+//! The `cloud-hypervisor` binary: reads the command line, starts the control thread, tells how it
+//! ended.
+
+mod args;
+mod logger;
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, anyhow};
+
+use hypervisor::kvm::Kvm;
+use vmm::config::VmConfig;
+use vmm::console::terminal;
+use vmm::signals::Signals;
+use vmm::{control, event, threads};
+
+fn main() -> ExitCode {
+    let words: Vec<String> = match std::env::args_os()
+        .skip(1)
+        .map(|word| word.into_string())
+        .collect::<Result<_, _>>()
+    {
+        Ok(words) => words,
+        Err(word) => return fail(&anyhow!("argument {word:?} is not UTF-8")),
+    };
+    match args::parse(&words) {
+        args::Parsed::Run(args) => match start(&args) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(e) => fail(&e),
+        },
+        args::Parsed::Print(text) => {
+            // A closed standard output is no failure of ours.
+            let _ = writeln!(std::io::stdout(), "{}", text.trim_end());
+            ExitCode::SUCCESS
+        }
+        args::Parsed::Wrong(line) => fail(&anyhow!(line)),
+    }
+}
+
+fn fail(error: &anyhow::Error) -> ExitCode {
+    // With standard error closed there is nobody to tell.
+    let _ = writeln!(std::io::stderr(), "cloud-hypervisor: {error:#}");
+    ExitCode::FAILURE
+}
+
+fn start(args: &args::Args) -> Result<()> {
+    logger::install(args.log_file.as_deref(), args.verbosity)?;
+    let config: VmConfig = args.vm_config()?;
+    config.validate()?;
+    restore_terminal_on_panic();
+    restrict_new_files();
+
+    // Signals are blocked before the first thread starts, so that all threads inherit it.
+    let signals = Signals::block().context("blocking signals")?;
+    threads::install_kick_handler().context("installing the kick signal's handler")?;
+    let kvm = Kvm::new()?;
+    for (name, effect) in hypervisor::Hypervisor::missing_optional(&kvm) {
+        log::info!("KVM here lacks {name}: {effect}");
+    }
+    let (events, receiver) = event::event_channel().context("creating an eventfd")?;
+    let for_thread = events.try_clone().context("cloning an eventfd")?;
+    let control = threads::spawn("control".into(), events, move || {
+        control::run(&kvm, &config, &signals, &for_thread, &receiver)
+    })
+    .context("starting the control thread")?;
+    match control.join() {
+        Ok(Some(result)) => {
+            let ended = result?;
+            log::info!("ended: {ended:?}");
+            Ok(())
+        }
+        Ok(None) | Err(_) => Err(anyhow!("the control thread panicked; this is a bug")),
+    }
+}
+
+/// A panic anywhere leaves a usable terminal with all the guest's output on it.
+fn restore_terminal_on_panic() {
+    let default = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        vmm::console::flush_in_panic();
+        terminal::restore();
+        default(info);
+    }));
+}
+
+/// What we create is for the owner alone.
+#[allow(unsafe_code)]
+fn restrict_new_files() {
+    // SAFETY: umask only changes this process's file creation mask.
+    unsafe {
+        libc::umask(0o077);
+    }
+}

@@ -1,0 +1,247 @@
+//! The command line: argh's structure, and what argh doesn't do (several values after one flag,
+//! `--option=value`, options without their value, options that are not built yet).
+
+use anyhow::Result;
+use argh::FromArgs;
+use vmm::config::{ConsoleConfig, CpusConfig, MemoryConfig, PayloadConfig, VmConfig};
+
+/// A virtual machine monitor for modern cloud workloads on KVM.
+///
+/// Boots a 64-bit guest from --kernel: an ELF kernel or firmware with a PVH note, an ELF kernel by
+/// the 64-bit Linux protocol, or a bzImage.
+#[derive(Debug, FromArgs)]
+#[argh(
+    example = "A shell in a guest of 2 vCPUs and 256 MiB:
+  cloud-hypervisor --kernel vmlinux --initramfs initramfs.cpio --cmdline console=ttyS0 --cpus boot=2 --memory size=256M --serial tty",
+    note = "Lists are key=value pairs with commas between them; sizes take K, M, G or T.
+At a terminal, Ctrl-A x ends the VM, and Ctrl-A Ctrl-A sends one Ctrl-A.",
+    error_code(0, "The guest powered off, or the VMM was told to end."),
+    error_code(
+        1,
+        "A wrong command line, or a VM that could not go on; one line on standard error says why."
+    )
+)]
+pub struct Args {
+    /// kernel (ELF or bzImage) or PVH firmware to boot
+    #[argh(option, arg_name = "path")]
+    pub kernel: Option<String>,
+
+    /// initial RAM file system
+    #[argh(option, arg_name = "path")]
+    pub initramfs: Option<String>,
+
+    /// kernel command line, 64 KiB at most
+    #[argh(option, arg_name = "text")]
+    pub cmdline: Option<String>,
+
+    /// boot=N (1), max=N (boot), topology=threads:cores:dies:packages (product = max); 1 to 254
+    #[argh(option, arg_name = "list", default = "String::new()")]
+    pub cpus: String,
+
+    /// size=S (512M), mergeable=on|off, shared=on|off, hugepages=on|off (all off)
+    #[argh(option, arg_name = "list", default = "String::new()")]
+    pub memory: String,
+
+    /// COM1: off, null (default), tty, or file=PATH
+    #[argh(option, arg_name = "mode", default = "\"null\".into()")]
+    pub serial: String,
+
+    /// virtio console: off (its device is not built yet)
+    #[argh(option, arg_name = "mode", default = "\"off\".into()")]
+    pub console: String,
+
+    /// system call filters: false (they are not built yet)
+    #[argh(option, arg_name = "mode", default = "\"false\".into()")]
+    pub seccomp: String,
+
+    /// file for the log instead of standard error
+    #[argh(option, arg_name = "path")]
+    pub log_file: Option<String>,
+
+    /// log more: errors only, then warnings (-v), information (-v -v), debugging (-v -v -v)
+    #[argh(switch, short = 'v', long = "verbose")]
+    pub verbosity: u32,
+
+    /// print the version
+    #[argh(switch, short = 'V')]
+    pub version: bool,
+}
+
+/// What the command line asks for.
+#[derive(Debug)]
+pub enum Parsed {
+    /// Run a VM.
+    Run(Box<Args>),
+    /// Print this and end well.
+    Print(String),
+    /// It is wrong; the line says what.
+    Wrong(String),
+}
+
+/// Options of the surface whose devices or services come later.
+const NOT_BUILT: &[&str] = &[
+    "api-socket",
+    "balloon",
+    "debug-console",
+    "device",
+    "disk",
+    "event-monitor",
+    "firmware",
+    "fs",
+    "gdb",
+    "landlock",
+    "landlock-rules",
+    "memory-zone",
+    "net",
+    "numa",
+    "pci-segment",
+    "platform",
+    "pmem",
+    "pvpanic",
+    "rate-limit-group",
+    "restore",
+    "rng",
+    "tpm",
+    "user-device",
+    "vdpa",
+    "vsock",
+    "watchdog",
+];
+
+/// Reads the words after the program's name.
+pub fn parse(words: &[String]) -> Parsed {
+    let words = split_equals(words);
+    for word in &words {
+        if let Some(name) = word.strip_prefix("--")
+            && NOT_BUILT.contains(&name)
+        {
+            return Parsed::Wrong(format!("{word} is not built yet in this version"));
+        }
+    }
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    match Args::from_args(&["cloud-hypervisor"], &words) {
+        Ok(args) if args.version => {
+            Parsed::Print(format!("cloud-hypervisor v{}", env!("CARGO_PKG_VERSION")))
+        }
+        Ok(args) => Parsed::Run(Box::new(args)),
+        Err(exit) if exit.status.is_ok() => Parsed::Print(exit.output),
+        Err(exit) => {
+            let line = exit.output.split_whitespace().collect::<Vec<_>>().join(" ");
+            Parsed::Wrong(format!("{line} (--help lists the options)"))
+        }
+    }
+}
+
+/// `--name=value` becomes two words. The values of options are left alone.
+fn split_equals(words: &[String]) -> Vec<String> {
+    let mut out = Vec::with_capacity(words.len());
+    for word in words {
+        match word.split_once('=') {
+            Some((name, value)) if name.starts_with("--") => {
+                out.push(name.to_owned());
+                out.push(value.to_owned());
+            }
+            _ => out.push(word.clone()),
+        }
+    }
+    out
+}
+
+impl Args {
+    /// The VM that the options describe.
+    pub fn vm_config(&self) -> Result<VmConfig> {
+        if !matches!(self.console.as_str(), "off" | "null") {
+            anyhow::bail!("--console: {:?} is not built yet; off is", self.console);
+        }
+        if self.seccomp != "false" {
+            anyhow::bail!("--seccomp: {:?} is not built yet; false is", self.seccomp);
+        }
+        let payload = self.kernel.as_ref().map(|kernel| PayloadConfig {
+            kernel: kernel.into(),
+            initramfs: self.initramfs.as_ref().map(Into::into),
+            cmdline: self.cmdline.clone().unwrap_or_default(),
+        });
+        Ok(VmConfig {
+            cpus: CpusConfig::parse(&self.cpus)?,
+            memory: MemoryConfig::parse(&self.memory)?,
+            payload,
+            serial: ConsoleConfig::parse("--serial", &self.serial)?,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn words(line: &str) -> Vec<String> {
+        line.split(' ').map(str::to_owned).collect()
+    }
+
+    fn wrong(line: &str) -> String {
+        match parse(&words(line)) {
+            Parsed::Wrong(text) => text,
+            other => panic!("{line}: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_full_line_becomes_a_config() {
+        let Parsed::Run(args) = parse(&words(
+            "--kernel k --initramfs=i --cmdline console=ttyS0 --cpus boot=2 --memory size=1G --serial tty --console off -v -v",
+        )) else {
+            panic!("refused");
+        };
+        assert_eq!(args.verbosity, 2);
+        let config = args.vm_config().unwrap();
+        assert_eq!(config.cpus.boot, 2);
+        assert_eq!(config.memory.size, 1 << 30);
+        let payload = config.payload.unwrap();
+        assert_eq!(payload.cmdline, "console=ttyS0");
+        assert_eq!(payload.initramfs.unwrap().to_str(), Some("i"));
+    }
+
+    #[test]
+    fn options_of_later_devices_are_refused_by_name() {
+        for name in NOT_BUILT {
+            let text = wrong(&format!("--kernel k --{name} x"));
+            assert!(
+                text.contains(&format!("--{name} is not built yet")),
+                "{text}"
+            );
+        }
+    }
+
+    #[test]
+    fn wrong_words_give_one_line() {
+        for line in ["--krenel k", "--kernel", "stray", "--cpus"] {
+            let text = wrong(line);
+            assert!(!text.contains('\n'), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn help_names_every_option() {
+        let Parsed::Print(text) = parse(&words("--help")) else {
+            panic!("no help");
+        };
+        for option in [
+            "--kernel",
+            "--initramfs",
+            "--cmdline",
+            "--cpus",
+            "--memory",
+            "--serial",
+        ] {
+            assert!(text.contains(option), "{option} missing in {text}");
+        }
+    }
+
+    #[test]
+    fn version_is_one_line() {
+        let Parsed::Print(text) = parse(&words("--version")) else {
+            panic!("no version");
+        };
+        assert!(text.starts_with("cloud-hypervisor v"));
+    }
+}

@@ -1,0 +1,104 @@
+//! What a VM is to be: `VmConfig`, read from option texts or JSON, and its validation.
+//!
+//! Text becomes a device's config in the file of that device; [`VmConfig::validate`] then checks
+//! what no single option can know. Neither touches the host.
+
+mod console;
+mod cpus;
+mod memory;
+mod payload;
+
+pub use console::{ConsoleConfig, ConsoleMode};
+pub use cpus::{CpuTopologyConfig, CpusConfig};
+pub use memory::MemoryConfig;
+pub use payload::PayloadConfig;
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+/// A configuration that cannot be. Each message names the option, the value and what would do.
+#[derive(Debug, Error)]
+pub enum ConfigError {
+    /// An option's text is wrong.
+    #[error(transparent)]
+    Option(#[from] option_parser::OptionError),
+    /// Text right, value not.
+    #[error("{option}: {what}")]
+    Value {
+        /// The option, e.g. `--cpus`.
+        option: &'static str,
+        /// What is wrong, with the value, and what would be right.
+        what: String,
+    },
+}
+
+impl ConfigError {
+    pub(crate) fn value(option: &'static str, what: impl Into<String>) -> Self {
+        Self::Value {
+            option,
+            what: what.into(),
+        }
+    }
+}
+
+/// Everything that defines a VM.
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct VmConfig {
+    /// vCPUs.
+    pub cpus: CpusConfig,
+    /// RAM.
+    pub memory: MemoryConfig,
+    /// What runs first.
+    pub payload: Option<PayloadConfig>,
+    /// COM1.
+    pub serial: ConsoleConfig,
+}
+
+impl VmConfig {
+    /// Checks the rules that span options, and each option's own.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        self.cpus.validate()?;
+        self.memory.validate()?;
+        let Some(payload) = &self.payload else {
+            return Err(ConfigError::value(
+                "--kernel",
+                "missing; a VM needs a kernel or firmware to boot",
+            ));
+        };
+        payload.validate()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_vm_without_a_kernel_is_refused() {
+        let error = VmConfig::default().validate().unwrap_err().to_string();
+        assert!(error.starts_with("--kernel: missing"), "{error}");
+    }
+
+    #[test]
+    fn json_round_trip_keeps_everything() {
+        let config = VmConfig {
+            cpus: CpusConfig::parse("boot=2,max=4").unwrap(),
+            memory: MemoryConfig::parse("size=1G,shared=on").unwrap(),
+            payload: Some(PayloadConfig {
+                kernel: "/k".into(),
+                ..PayloadConfig::default()
+            }),
+            serial: ConsoleConfig::parse("--serial", "file=/tmp/out").unwrap(),
+        };
+        let text = serde_json::to_string(&config).unwrap();
+        assert_eq!(serde_json::from_str::<VmConfig>(&text).unwrap(), config);
+        config.validate().unwrap();
+    }
+
+    #[test]
+    fn unknown_fields_are_refused() {
+        let error = serde_json::from_str::<VmConfig>(r#"{"disks": []}"#).unwrap_err();
+        assert!(error.to_string().contains("disks"), "{error}");
+    }
+}
