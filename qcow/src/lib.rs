@@ -1,1 +1,58 @@
-//! The qcow2 disk image format as a library.
+//! The qcow2 disk image format as a library, after QEMU's `docs/interop/qcow2.txt`.
+//!
+//! | where | what |
+//! |---|---|
+//! | [`Image`] | an open image: `open`, `create`, `read_at`, `write_at`, `write_zeroes`, `discard`, `flush` |
+//! | [`OpenOptions`], [`CreateOptions`] | how; nothing else is opened unless they say so |
+//! | [`Storage`] | where the bytes live: [`FileStorage`], [`MemStorage`], or your own |
+//! | [`Header`] | the header alone, for who wants to look first |
+//!
+//! Images are hostile input: a malformed one is an [`Error`], never a panic or an endless loop. A kill at any moment leaves at worst
+//! leaked clusters, because metadata reaches the disk in order (`writeback.rs`).
+//!
+//! ```
+//! use qcow::{CreateOptions, Image, OpenOptions};
+//!
+//! let dir = tempfile::tempdir()?;
+//! let path = dir.path().join("disk.qcow2");
+//! let image = Image::create(&path, &CreateOptions::new(1 << 30))?;
+//! image.write_at(b"hello", 123_456)?;
+//! image.close()?;
+//!
+//! let image = Image::open(&path, &OpenOptions::new())?;
+//! let mut buf = [0; 7];
+//! image.read_at(&mut buf, 123_455)?;
+//! assert_eq!(&buf, b"\0hello\0");
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+
+// The format, bits and bytes.
+mod compress;
+mod header;
+mod layout;
+mod refcount;
+mod snapshot_table;
+
+// What is in memory, and how it reaches the disk.
+mod alloc;
+mod cache;
+mod meta;
+mod writeback;
+
+// What a user does.
+mod backing;
+mod create;
+mod error;
+mod image;
+mod options;
+mod read;
+mod storage;
+mod write;
+mod zero;
+
+pub use error::{Error, Result};
+pub use header::{BitmapExtension, Compression, Header, MAGIC, is_qcow2};
+pub use image::Image;
+pub use options::{CreateOptions, OpenOptions};
+pub use snapshot_table::Snapshot;
+pub use storage::{FileStorage, MemStorage, Storage};
