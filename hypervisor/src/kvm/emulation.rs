@@ -128,14 +128,7 @@ impl KvmVcpu {
     /// KVM_CAP_EXIT_ON_EMULATION_FAILURE) becomes one here: user code cannot end its VM.
     pub(super) fn emulate(&mut self) -> Result<(), VcpuError> {
         self.load_cpuid()?;
-        let before = self
-            .fd
-            .get_regs()
-            .map_err(self.error("reading the general registers"))?;
-        let special_before = self
-            .fd
-            .get_sregs()
-            .map_err(self.error("reading the special registers"))?;
+        let (before, special_before) = self.state_at_exit()?;
         let mut state = State {
             fd: &self.fd,
             registers: before,

@@ -17,24 +17,30 @@ use std::cell::Cell;
 use std::sync::OnceLock;
 
 use kvm_bindings::{
-    KVM_CAP_X86_USER_SPACE_MSR, KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP,
-    KVM_GUESTDBG_USE_HW_BP, KVM_MSR_EXIT_REASON_FILTER, kvm_enable_cap, kvm_guest_debug,
+    KVM_CAP_SET_GUEST_DEBUG, KVM_CAP_SYNC_REGS, KVM_CAP_X86_MSR_FILTER, KVM_CAP_X86_USER_SPACE_MSR,
+    KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP, KVM_GUESTDBG_USE_HW_BP,
+    KVM_MSR_EXIT_REASON_FILTER, KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS, kvm_enable_cap,
+    kvm_guest_debug, kvm_sync_regs,
 };
 use kvm_ioctls::{
-    Error, MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VcpuFd, VmFd,
+    Error, MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, SyncReg, VcpuFd, VmFd,
 };
 
 use super::syscall_probe::syscall_keeps_ring_3;
-use super::vcpu::msr_list;
+use crate::fallback::mmu::{Access, Mmu};
 use crate::memory::GuestRam;
-use crate::x86::{MsrEntry, Segment, SpecialRegisters};
+use crate::x86::{Segment, SpecialRegisters};
 
-/// The MSR that holds the kernel's entry point (Intel SDM volume 3, section 6.8.8).
-pub(super) const MSR_LSTAR: u32 = 0xc000_0082;
+// Segment selectors, entry point in 64-bit mode and in compatibility mode, and flags to clear
+// (Intel SDM volume 3, section 6.8.8).
 const MSR_STAR: u32 = 0xc000_0081;
+const MSR_LSTAR: u32 = 0xc000_0082;
+const MSR_CSTAR: u32 = 0xc000_0083;
 const MSR_SFMASK: u32 = 0xc000_0084;
 
 const PAGE: u64 = 4096;
+/// Of any x86-64 processor: the guest's own, fewer ones have no bearing here.
+const MOST_PHYSICAL_BITS: u8 = 52;
 const EFER_SCE: u64 = 1;
 const EFER_LMA: u64 = 1 << 10;
 const RFLAGS_FIXED: u64 = 1 << 1;
@@ -58,11 +64,14 @@ const DR7_ENABLED: u64 = 0xff;
 pub(super) fn needed(kvm: &kvm_ioctls::Kvm) -> bool {
     static NEEDED: OnceLock<bool> = OnceLock::new();
     *NEEDED.get_or_init(|| match syscall_keeps_ring_3(kvm) {
-        Ok(needed) => {
-            if needed {
-                log::debug!("SYSCALL enters the kernel in ring 3 here; each one will be mended");
-            }
-            needed
+        Ok(false) => false,
+        Ok(true) => {
+            let able = can_mend(kvm);
+            log::debug!(
+                "SYSCALL enters the kernel in ring 3 here, and each one {} be mended",
+                if able { "will" } else { "cannot" }
+            );
+            able
         }
         Err(e) => {
             log::debug!("whether SYSCALL works here is unknown, so it is left alone: {e}");
@@ -71,8 +80,18 @@ pub(super) fn needed(kvm: &kvm_ioctls::Kvm) -> bool {
     })
 }
 
-/// Makes guest writes of LSTAR exit. Before any vCPU runs.
-pub(super) fn watch_lstar(vm: &VmFd) -> Result<(), Error> {
+/// KVM has the means that the remedy takes.
+fn can_mend(kvm: &kvm_ioctls::Kvm) -> bool {
+    let registers = (KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS) as i32;
+    let has = |number: u32| kvm.check_extension_raw(number.into());
+    has(KVM_CAP_X86_USER_SPACE_MSR) > 0
+        && has(KVM_CAP_X86_MSR_FILTER) > 0
+        && has(KVM_CAP_SET_GUEST_DEBUG) > 0
+        && has(KVM_CAP_SYNC_REGS) & registers == registers
+}
+
+/// Makes guest writes of the MSRs of SYSCALL exit. Before any vCPU runs.
+pub(super) fn watch_msrs(vm: &VmFd) -> Result<(), Error> {
     vm.enable_cap(&kvm_enable_cap {
         cap: KVM_CAP_X86_USER_SPACE_MSR,
         args: [KVM_MSR_EXIT_REASON_FILTER.into(), 0, 0, 0],
@@ -80,9 +99,10 @@ pub(super) fn watch_lstar(vm: &VmFd) -> Result<(), Error> {
     })?;
     let refused = MsrFilterRange {
         flags: MsrFilterRangeFlags::WRITE,
-        base: MSR_LSTAR,
-        msr_count: 1,
-        bitmap: &[0],
+        base: MSR_STAR,
+        msr_count: 4,
+        // CSTAR lies between; it is of no use in 64-bit mode.
+        bitmap: &[1 << (MSR_CSTAR - MSR_STAR)],
     };
     vm.set_msr_filter(MsrFilterDefaultAction::ALLOW, &[refused])
 }
@@ -112,8 +132,10 @@ enum Debugging {
 /// One vCPU's part of the remedy.
 #[derive(Default)]
 pub(super) struct Remedy {
+    star: Cell<u64>,
     /// The kernel's entry point; 0 while there is none.
     lstar: Cell<u64>,
+    sfmask: Cell<u64>,
     /// IDT[14] is to be looked up again before the next run.
     stale: Cell<bool>,
     debugging: Debugging,
@@ -123,10 +145,24 @@ pub(super) struct Remedy {
 }
 
 impl Remedy {
-    /// LSTAR has this value now.
-    pub(super) fn set_lstar(&self, entry: u64) {
-        self.lstar.set(entry);
-        self.stale.set(true);
+    /// From now on each exit of `fd` brings its registers along, which spares calls of KVM.
+    pub(super) fn new(fd: &mut VcpuFd) -> Self {
+        fd.set_sync_valid_reg(SyncReg::Register);
+        fd.set_sync_valid_reg(SyncReg::SystemRegister);
+        Self::default()
+    }
+
+    /// An MSR has this value now.
+    pub(super) fn msr_is(&self, index: u32, value: u64) {
+        match index {
+            MSR_STAR => self.star.set(value),
+            MSR_SFMASK => self.sfmask.set(value),
+            MSR_LSTAR => {
+                self.lstar.set(value);
+                self.stale.set(true);
+            }
+            _ => {}
+        }
     }
 
     /// Something happened after which the guest's IDT may be another.
@@ -148,7 +184,7 @@ impl Remedy {
         self.gate = None;
         let special = fd.get_sregs()?;
         let target = (lstar != 0)
-            .then(|| self.find_handler(fd, ram, &special))
+            .then(|| self.find_handler(ram, &special))
             .flatten();
         self.tell_of_debugger(fd)?;
         self.debug(fd, target.map_or(Debugging::Off, Debugging::Breakpoint))
@@ -164,12 +200,7 @@ impl Remedy {
     }
 
     /// The address in IDT[14], which it remembers the place of.
-    fn find_handler(
-        &mut self,
-        fd: &VcpuFd,
-        ram: &dyn GuestRam,
-        special: &SpecialRegisters,
-    ) -> Option<u64> {
+    fn find_handler(&mut self, ram: &dyn GuestRam, special: &SpecialRegisters) -> Option<u64> {
         let active = EFER_SCE | EFER_LMA;
         let offset = PAGE_FAULT * GATE as u64;
         if special.efer & active != active
@@ -179,7 +210,7 @@ impl Remedy {
         }
         let linear = special.idt.base.wrapping_add(offset);
         let mut gate = [0; GATE];
-        let address = read_linear(fd, ram, linear, &mut gate)?;
+        let address = read_linear(ram, special, linear, &mut gate)?;
         let handler = gate_target(&gate)?;
         // A gate across two pages is looked up at each run instead.
         if linear % PAGE <= PAGE - GATE as u64 {
@@ -191,7 +222,7 @@ impl Remedy {
     /// After a debug exit at `pc`.
     pub(super) fn debug_exit(
         &mut self,
-        fd: &VcpuFd,
+        fd: &mut VcpuFd,
         ram: &dyn GuestRam,
         pc: u64,
     ) -> Result<Hit, Error> {
@@ -203,10 +234,14 @@ impl Remedy {
                 Ok(Hit::Passed)
             }
             Debugging::Breakpoint(handler) if handler == pc => {
-                if self.mend(fd, ram)? {
+                let state = fd.sync_regs();
+                if let Some(mended) = self.mend(ram, &state) {
+                    *fd.sync_regs_mut() = mended;
+                    fd.set_sync_dirty_reg(SyncReg::Register);
+                    fd.set_sync_dirty_reg(SyncReg::SystemRegister);
                     return Ok(Hit::Syscall);
                 }
-                self.pass(fd, ram, handler)?;
+                self.pass(fd, ram, &state)?;
                 Ok(Hit::Passed)
             }
             _ => Ok(Hit::Foreign),
@@ -214,49 +249,46 @@ impl Remedy {
     }
 
     /// If the fault that led to the handler is that of a SYSCALL: what SYSCALL was to do.
-    fn mend(&self, fd: &VcpuFd, ram: &dyn GuestRam) -> Result<bool, Error> {
-        let mut registers = fd.get_regs()?;
+    fn mend(&self, ram: &dyn GuestRam, state: &kvm_sync_regs) -> Option<kvm_sync_regs> {
         let mut frame = [0; FRAME];
-        if read_linear(fd, ram, registers.rsp, &mut frame).is_none() {
-            return Ok(false);
-        }
+        read_linear(ram, &state.sregs, state.regs.rsp, &mut frame)?;
         let frame = FaultFrame::new(&frame);
         if !frame.is_entry_in_ring_3(self.lstar.get()) {
-            return Ok(false);
+            return None;
         }
-        let mut msrs = msr_list(&[msr(MSR_STAR), msr(MSR_SFMASK)])?;
-        fd.get_msrs(&mut msrs)?;
-        let [star, mask] = msrs.as_slice() else {
-            return Ok(false);
-        };
-        let (star, mask) = (star.data, mask.data);
+        let mask = self.sfmask.get();
         // SYSCALL has cleared these flags by now. User code that jumped here has not: it cannot
         // clear IF, which kernels mask.
         if frame.rflags & mask & !RFLAGS_RF != 0 {
-            return Ok(false);
+            return None;
         }
-        registers.rip = frame.rip;
-        registers.rsp = frame.rsp;
-        registers.rflags = (frame.rflags & !(mask | RFLAGS_RF)) | RFLAGS_FIXED;
-        let mut special = fd.get_sregs()?;
-        (special.cs, special.ss) = kernel_segments(star);
-        fd.set_regs(&registers)?;
-        fd.set_sregs(&special)?;
-        Ok(true)
+        let mut mended = *state;
+        mended.regs.rip = frame.rip;
+        mended.regs.rsp = frame.rsp;
+        mended.regs.rflags = (frame.rflags & !(mask | RFLAGS_RF)) | RFLAGS_FIXED;
+        (mended.sregs.cs, mended.sregs.ss) = kernel_segments(self.star.get());
+        Some(mended)
     }
 
     /// Goes on behind the breakpoint: past a first instruction that handlers usually begin with,
     /// else by a single step.
-    fn pass(&mut self, fd: &VcpuFd, ram: &dyn GuestRam, handler: u64) -> Result<(), Error> {
+    fn pass(
+        &mut self,
+        fd: &mut VcpuFd,
+        ram: &dyn GuestRam,
+        state: &kvm_sync_regs,
+    ) -> Result<(), Error> {
+        let handler = state.regs.rip;
         let mut code = [0; LONGEST_PASSED];
-        let first = read_linear(fd, ram, handler, &mut code).and(passed_by_hand(&code));
+        let first = read_linear(ram, &state.sregs, handler, &mut code).and(passed_by_hand(&code));
         let Some(first) = first else {
             return self.debug(fd, Debugging::Step);
         };
-        let mut registers = fd.get_regs()?;
+        let registers = &mut fd.sync_regs_mut().regs;
         registers.rip = handler.wrapping_add(first.length);
         registers.rflags &= !(first.clears | RFLAGS_RF);
-        fd.set_regs(&registers)
+        fd.set_sync_dirty_reg(SyncReg::Register);
+        Ok(())
     }
 
     fn debug(&mut self, fd: &VcpuFd, wanted: Debugging) -> Result<(), Error> {
@@ -389,11 +421,14 @@ fn passed_by_hand(code: &[u8; LONGEST_PASSED]) -> Option<Passed> {
 
 /// Copies guest memory at a linear address, as the vCPU's page tables map it now, into `buffer`,
 /// and tells the guest-physical address of its beginning. `None` where it is not all mapped RAM.
-fn read_linear(fd: &VcpuFd, ram: &dyn GuestRam, linear: u64, buffer: &mut [u8]) -> Option<u64> {
-    let physical = |linear: u64| {
-        let translation = fd.translate_gva(linear).ok()?;
-        (translation.valid != 0).then_some(translation.physical_address)
-    };
+fn read_linear(
+    ram: &dyn GuestRam,
+    special: &SpecialRegisters,
+    linear: u64,
+    buffer: &mut [u8],
+) -> Option<u64> {
+    let mmu = Mmu::new(special, 0, 0, MOST_PHYSICAL_BITS);
+    let physical = |linear| mmu.translate(ram, linear, Access::Read).ok();
     let begin = physical(linear)?;
     let to_page_end = usize::try_from(PAGE - linear % PAGE).ok()?;
     let (head, tail) = buffer.split_at_mut(to_page_end.min(buffer.len()));
@@ -403,13 +438,6 @@ fn read_linear(fd: &VcpuFd, ram: &dyn GuestRam, linear: u64, buffer: &mut [u8]) 
             .ok()?;
     }
     Some(begin)
-}
-
-fn msr(index: u32) -> MsrEntry {
-    MsrEntry {
-        index,
-        ..Default::default()
-    }
 }
 
 #[cfg(test)]

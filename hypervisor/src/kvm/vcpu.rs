@@ -13,7 +13,7 @@ use kvm_ioctls::VcpuFd;
 use super::emulation::Counters;
 use super::exit::{self, Own};
 use super::kick::KvmKick;
-use super::syscall_remedy::{Hit, MSR_LSTAR, Remedy};
+use super::syscall_remedy::{Hit, Remedy};
 use super::vm::Shared;
 use super::xsave;
 use crate::vcpu::{Kick, Vcpu, VcpuError, VmExit};
@@ -40,19 +40,20 @@ pub(super) struct KvmVcpu {
 }
 
 impl KvmVcpu {
-    pub(super) fn new(fd: VcpuFd, id: u32, shared: Arc<Shared>) -> Result<Self, VcpuError> {
+    pub(super) fn new(mut fd: VcpuFd, id: u32, shared: Arc<Shared>) -> Result<Self, VcpuError> {
         let kick = KvmKick::new(&fd).map_err(|source| VcpuError::Ioctl {
             cpu: id,
             what: "mapping its run structure",
             source,
         })?;
+        let remedy = shared.mend_syscall.then(|| Remedy::new(&mut fd));
         Ok(Self {
             fd,
             id,
             counters: Counters::default(),
             cpuid: RefCell::default(),
             xsave: vec![0; shared.xsave_size],
-            remedy: shared.mend_syscall.then(Remedy::default),
+            remedy,
             kick: Arc::new(kick),
             shared,
         })
@@ -74,6 +75,16 @@ impl KvmVcpu {
         Ok(())
     }
 
+    /// The registers as the exit just now left them.
+    pub(super) fn state_at_exit(&self) -> Result<(Registers, SpecialRegisters), VcpuError> {
+        if self.remedy.is_some() {
+            // The remedy has each exit bring them along.
+            let state = self.fd.sync_regs();
+            return Ok((state.regs, state.sregs));
+        }
+        Ok((self.registers()?, self.special_registers()?))
+    }
+
     /// Serves an exit, if it is one of the back end's own; false leaves it to the caller.
     fn serve(&mut self, exit: Own) -> Result<bool, VcpuError> {
         match exit {
@@ -92,7 +103,7 @@ impl KvmVcpu {
                     return Ok(false);
                 };
                 let hit = remedy
-                    .debug_exit(&self.fd, &*self.shared.ram, pc)
+                    .debug_exit(&mut self.fd, &*self.shared.ram, pc)
                     .map_err(error(self.id, MENDING))?;
                 if hit == Hit::Syscall {
                     self.counters.count("syscall");
@@ -272,10 +283,10 @@ impl Vcpu for KvmVcpu {
                 });
             }
         }
-        if let Some(remedy) = &self.remedy
-            && let Some(lstar) = msrs.iter().rfind(|msr| msr.index == MSR_LSTAR)
-        {
-            remedy.set_lstar(lstar.data);
+        if let Some(remedy) = &self.remedy {
+            for msr in msrs {
+                remedy.msr_is(msr.index, msr.data);
+            }
         }
         Ok(())
     }

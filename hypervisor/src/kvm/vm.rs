@@ -47,8 +47,8 @@ impl KvmVm {
         mend_syscall: bool,
     ) -> Result<Self, HypervisorError> {
         if mend_syscall {
-            syscall_remedy::watch_lstar(&fd)
-                .map_err(super::ioctl("making guest writes of MSR LSTAR known"))?;
+            syscall_remedy::watch_msrs(&fd)
+                .map_err(super::ioctl("watching the MSRs of SYSCALL"))?;
         }
         if fd.check_extension_raw(KVM_CAP_EXIT_ON_EMULATION_FAILURE.into()) > 0 {
             fd.enable_cap(&capability(KVM_CAP_EXIT_ON_EMULATION_FAILURE, 1))
