@@ -75,8 +75,8 @@ pub(super) fn allowed(instruction: &Instruction) -> Option<Kind> {
 
 fn is_general(mnemonic: Mnemonic) -> bool {
     use Mnemonic::{
-        Adcx, Adox, Andn, Bextr, Blsi, Blsmsk, Blsr, Bzhi, Cmpxchg16b, Crc32, Lzcnt, Movbe, Movnti,
-        Mulx, Pdep, Pext, Popcnt, Rorx, Sarx, Shlx, Shrx, Tzcnt,
+        Adcx, Adox, Andn, Bextr, Blsi, Blsmsk, Blsr, Bzhi, Cmpxchg16b, Crc32, Lzcnt, Movbe,
+        Movdiri, Movnti, Mulx, Pdep, Pext, Popcnt, Rorx, Sarx, Shlx, Shrx, Tzcnt,
     };
     matches!(
         mnemonic,
@@ -91,6 +91,7 @@ fn is_general(mnemonic: Mnemonic) -> bool {
             | Crc32
             | Lzcnt
             | Movbe
+            | Movdiri
             | Movnti
             | Mulx
             | Pdep
@@ -217,6 +218,7 @@ pub(super) fn bit(feature: CpuidFeature) -> Option<CpuidBit> {
         CpuidFeature::AVX512_VNNI => (LEAF_7_ECX, 11),
         CpuidFeature::AVX512_BITALG => (LEAF_7_ECX, 12),
         CpuidFeature::AVX512_VPOPCNTDQ => (LEAF_7_ECX, 14),
+        CpuidFeature::MOVDIRI => (LEAF_7_ECX, 27),
         CpuidFeature::AVX_VNNI => (LEAF_7_1_EAX, 4),
         CpuidFeature::AVX512_BF16 => (LEAF_7_1_EAX, 5),
         CpuidFeature::LZCNT => (EXTENDED_1_ECX, 5),

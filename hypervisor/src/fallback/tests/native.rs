@@ -463,11 +463,20 @@ fn pending_x87_exceptions_are_the_guests() {
     g.done("fdivrp", &[0xde, 0xf1]);
     assert_eq!(g.cpu.xsave[2] & 0x84, 0x84);
     g.raises(&[0x9b], 16, None, None);
-    // A store is refused with exceptions unmasked, since the exception would suppress it.
+    // An unmasked exception suppresses a store: IM unmasked, the register is empty.
     let mut g = Guest::new();
     g.cpu.xsave[0..2].copy_from_slice(&0x37e_u16.to_le_bytes());
     g.cpu.registers.rdi = DATA;
-    g.refused(&[0xdd, 0x1f]);
+    g.poke(DATA, &[0x77; 8]);
+    g.done("fstp", &[0xdd, 0x1f]);
+    assert_eq!(g.peek::<8>(DATA), [0x77; 8]);
+    g.raises(&[0x9b], 16, None, None);
+    let mut g = Guest::new();
+    g.cpu.xsave[0..2].copy_from_slice(&0x37e_u16.to_le_bytes());
+    g.cpu.registers.rdi = DATA;
+    g.done("fld1", &[0xd9, 0xe8]);
+    g.done("fstp", &[0xdd, 0x1f]);
+    assert_eq!(f64::from_le_bytes(g.peek(DATA)).to_bits(), 1_f64.to_bits());
 }
 
 #[test]
