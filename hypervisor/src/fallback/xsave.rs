@@ -89,8 +89,8 @@ fn place(m: &Machine<'_>, number: u32) -> Step<Component> {
     })
 }
 
-/// The places of components 2 and up in a memory image, those in `listed` for the compacted
-/// format, with all of XCR0 in their standard places otherwise.
+/// Number, offset and size of each component in `wanted`. In the compacted format, `compacted` holds
+/// the components that take room, wanted or not; in the standard one each has its place by CPUID.
 fn places(m: &Machine<'_>, wanted: u64, compacted: Option<u64>) -> Step<Vec<(u32, usize, usize)>> {
     let mut found = vec![];
     let mut next = EXTENDED;

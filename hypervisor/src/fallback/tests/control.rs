@@ -117,3 +117,12 @@ fn mxcsr_in_and_out() {
     g.cpu.special.cr4 &= !(1 << 9);
     g.undefined(&ldmxcsr);
 }
+
+#[test]
+fn fwait_before_another_is_an_instruction_of_its_own() {
+    let mut g = Guest::new();
+    // fninit behind it, which only the next step reaches.
+    g.cpu.xsave[0] = 0x7e;
+    assert_eq!(g.run(&[0x9b, 0xdb, 0xe3]), Ok(Outcome::Done("wait".into())));
+    assert_eq!((g.cpu.registers.rip, fcw(&g)), (CODE + 1, 0x37e));
+}
