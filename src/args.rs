@@ -58,7 +58,7 @@ pub struct Args {
     #[argh(option, arg_name = "path")]
     pub log_file: Option<String>,
 
-    /// log more: errors only, then warnings (-v), information (-v -v), debugging (-v -v -v)
+    /// log more: errors only, then warnings (-v), information (-vv), debugging (-vvv)
     #[argh(switch, short = 'v', long = "verbose")]
     pub verbosity: u32,
 
@@ -132,7 +132,7 @@ pub fn parse(words: &[String]) -> Parsed {
     }
 }
 
-/// `--name=value` becomes two words. The values of options are left alone.
+/// `--name=value` becomes two words, and `-vvv` three. The values of options are left alone.
 fn split_equals(words: &[String]) -> Vec<String> {
     let mut out = Vec::with_capacity(words.len());
     for word in words {
@@ -140,6 +140,12 @@ fn split_equals(words: &[String]) -> Vec<String> {
             Some((name, value)) if name.starts_with("--") => {
                 out.push(name.to_owned());
                 out.push(value.to_owned());
+            }
+            _ if word.len() > 2
+                && word.starts_with("-v")
+                && word.bytes().skip(1).all(|b| b == b'v') =>
+            {
+                out.extend((1..word.len()).map(|_| "-v".to_owned()));
             }
             _ => out.push(word.clone()),
         }
@@ -188,11 +194,11 @@ mod tests {
     #[test]
     fn a_full_line_becomes_a_config() {
         let Parsed::Run(args) = parse(&words(
-            "--kernel k --initramfs=i --cmdline console=ttyS0 --cpus boot=2 --memory size=1G --serial tty --console off -v -v",
+            "--kernel k --initramfs=i --cmdline console=ttyS0 --cpus boot=2 --memory size=1G --serial tty --console off -v -vv",
         )) else {
             panic!("refused");
         };
-        assert_eq!(args.verbosity, 2);
+        assert_eq!(args.verbosity, 3);
         let config = args.vm_config().unwrap();
         assert_eq!(config.cpus.boot, 2);
         assert_eq!(config.memory.size, 1 << 30);

@@ -41,6 +41,18 @@ pub enum MemoryError {
         #[source]
         source: MmapRegionError,
     },
+    /// The host has set too few huge pages aside.
+    #[error(
+        "--memory: hugepages=on needs {} free huge pages of 2 MiB (see /proc/meminfo, and set vm.nr_hugepages)",
+        size >> 21
+    )]
+    HugePages {
+        /// Bytes wanted.
+        size: u64,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
     /// Regions do not fit together.
     #[error("arranging guest memory: {0}")]
     Arrange(String),
@@ -57,7 +69,7 @@ pub struct MemoryManager {
 impl MemoryManager {
     /// Allocates RAM of `config.size` bytes, around the hole below 4 GiB.
     pub fn new(config: &MemoryConfig) -> Result<Self, MemoryError> {
-        let file = if config.shared || config.hugepages {
+        let file = if config.shared {
             Some(memfd(config)?)
         } else {
             None
@@ -118,7 +130,7 @@ fn memfd(config: &MemoryConfig) -> Result<File, MemoryError> {
     };
     let mut flags = libc::MFD_CLOEXEC;
     if config.hugepages {
-        flags |= libc::MFD_HUGETLB;
+        flags |= libc::MFD_HUGETLB | libc::MFD_HUGE_2MB;
     }
     let name = CString::default();
     // SAFETY: the name is a valid C string, and the result is checked.
@@ -139,17 +151,19 @@ fn region(
     address: GuestAddress,
     size: u64,
 ) -> Result<GuestRegionMmap, MemoryError> {
-    let mut flags = libc::MAP_NORESERVE;
-    flags |= if config.shared {
-        libc::MAP_SHARED
+    // Ordinary pages are found when the guest touches them. Huge pages are set aside at once: a
+    // host that has too few says so here, and not by a signal when the guest touches one.
+    let mut flags = if config.hugepages {
+        0
     } else {
-        libc::MAP_PRIVATE
+        libc::MAP_NORESERVE
     };
     let length = usize::try_from(size).map_err(|_| {
         MemoryError::Arrange(format!("{size} bytes are more than this host addresses"))
     })?;
-    let mut builder =
-        MmapRegionBuilder::new(length).with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE);
+    let mut builder = MmapRegionBuilder::new(length)
+        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+        .with_hugetlbfs(config.hugepages);
     match file {
         Some(file) => {
             let file = file.try_clone().map_err(|source| MemoryError::Create {
@@ -157,19 +171,28 @@ fn region(
                 kind: "shared",
                 source,
             })?;
-            builder = builder
-                .with_file_offset(FileOffset::new(file, offset))
-                .with_hugetlbfs(config.hugepages);
+            builder = builder.with_file_offset(FileOffset::new(file, offset));
+            flags |= libc::MAP_SHARED;
         }
-        None => flags |= libc::MAP_ANONYMOUS,
+        None => {
+            flags |= libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+            if config.hugepages {
+                flags |= libc::MAP_HUGETLB | libc::MAP_HUGE_2MB;
+            }
+        }
     }
     let mapping = builder
         .with_mmap_flags(flags)
         .build()
-        .map_err(|source| MemoryError::Map {
-            address: address.0,
-            size,
-            source,
+        .map_err(|source| match source {
+            MmapRegionError::Mmap(source) if config.hugepages => {
+                MemoryError::HugePages { size, source }
+            }
+            source => MemoryError::Map {
+                address: address.0,
+                size,
+                source,
+            },
         })?;
     if config.mergeable {
         merge(mapping.as_ptr(), length, size)?;
