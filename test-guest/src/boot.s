@@ -203,6 +203,6 @@ entry_block: .fill 9, 8, 0
     .skip 32768
 boot_stack_top:
 .balign 4096
-ap_stacks:                  # 8 KiB each, for up to 63 further processors
-    .skip 64 * 8192 + 8192
+ap_stacks:                  # 8 KiB each, for up to 253 further processors
+    .skip 254 * 8192
 .text

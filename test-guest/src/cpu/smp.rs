@@ -6,7 +6,7 @@ use super::idt::{self, PONG};
 use super::{apic, wait_for_interrupt};
 
 const TRAMPOLINE: u64 = 0x1000;
-const MAX: usize = 64;
+const MAX: usize = 254;
 
 unsafe extern "C" {
     static trampoline: u8;
