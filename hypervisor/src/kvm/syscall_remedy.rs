@@ -5,12 +5,13 @@
 //! on the guest's #PF handler catches it before the guest sees it:
 //!
 //! ```text
-//! guest writes LSTAR --(MSR filter)--> the write is done, IDT[14] is read, the breakpoint is set
+//! guest writes LSTAR --(MSR filter)--> the write is done, and the breakpoint goes where gate 14
+//!                                      of the IDT leads
 //! breakpoint --+-- the frame is that of a SYSCALL: the state becomes what SYSCALL makes of it
 //!              +-- another fault: the handler's first instruction is passed over
 //! ```
 //!
-//! The breakpoint follows IDT[14] when it changes. While it is set, breakpoints that the guest
+//! The breakpoint follows the gate when it changes. While it is set, breakpoints that the guest
 //! itself sets in DR0 to DR3 do not trigger.
 
 use std::cell::Cell;
@@ -136,9 +137,11 @@ pub(super) struct Remedy {
     /// The kernel's entry point; 0 while there is none.
     lstar: Cell<u64>,
     sfmask: Cell<u64>,
-    /// IDT[14] is to be looked up again before the next run.
+    /// Gate 14 of the IDT is to be looked up again before the next run.
     stale: Cell<bool>,
     debugging: Debugging,
+    /// The IDT's linear address when its gate was looked up.
+    idt: u64,
     /// Where in guest RAM the gate that the breakpoint follows lies, and what it held.
     gate: Option<(u64, [u8; GATE])>,
     told_of_debugger: bool,
@@ -170,8 +173,15 @@ impl Remedy {
         self.stale.set(true);
     }
 
-    /// Before a run: puts the breakpoint where IDT[14] points. Without a change in the guest this
-    /// reads the gate and no more.
+    /// The fallback served an instruction, and the IDT is at `idt` now.
+    pub(super) fn after_fallback(&self, idt: u64) {
+        if idt != self.idt {
+            self.look_again();
+        }
+    }
+
+    /// Before a run: puts the breakpoint where gate 14 of the IDT leads. Without a change in the
+    /// guest this reads the gate and no more.
     pub(super) fn prepare(&mut self, fd: &VcpuFd, ram: &dyn GuestRam) -> Result<(), Error> {
         let lstar = self.lstar.get();
         if lstar == 0 && self.debugging == Debugging::Off {
@@ -183,6 +193,7 @@ impl Remedy {
         self.stale.set(false);
         self.gate = None;
         let special = fd.get_sregs()?;
+        self.idt = special.idt.base;
         let target = (lstar != 0)
             .then(|| self.find_handler(ram, &special))
             .flatten();
@@ -199,7 +210,7 @@ impl Remedy {
         ram.read(address, &mut gate).is_ok() && gate == held
     }
 
-    /// The address in IDT[14], which it remembers the place of.
+    /// The address in gate 14 of the IDT, which it remembers the place of.
     fn find_handler(&mut self, ram: &dyn GuestRam, special: &SpecialRegisters) -> Option<u64> {
         let active = EFER_SCE | EFER_LMA;
         let offset = PAGE_FAULT * GATE as u64;
@@ -227,8 +238,7 @@ impl Remedy {
         pc: u64,
     ) -> Result<Hit, Error> {
         match self.debugging {
-            // The step is done: the breakpoint comes back before the next run. The same happens
-            // when a kick or an instruction of the fallback ends the step.
+            // The step is done: the breakpoint comes back before the next run.
             Debugging::Step => {
                 self.look_again();
                 Ok(Hit::Passed)

@@ -90,7 +90,9 @@ impl KvmVcpu {
         match exit {
             Own::InternalError(KVM_INTERNAL_ERROR_EMULATION) => {
                 self.emulate()?;
-                self.look_again();
+                if let Some(remedy) = &self.remedy {
+                    remedy.after_fallback(self.fd.sync_regs().sregs.idt.base);
+                }
                 Ok(true)
             }
             Own::InternalError(suberror) => Err(VcpuError::Internal {
