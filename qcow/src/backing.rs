@@ -121,7 +121,10 @@ fn open_named(
             Ok(Backing::Raw { storage, length })
         }
         "qcow2" => {
-            let options = options.clone().write(false);
+            let options = OpenOptions {
+                snapshot: None,
+                ..options.clone().write(false)
+            };
             let dir = path.parent().map(Path::to_owned);
             Ok(Backing::Qcow2(Box::new(Image::open_chain(
                 Box::new(storage),

@@ -31,6 +31,8 @@ pub struct Image {
     pub(crate) size: AtomicU64,
     pub(crate) raw_data: bool,
     pub(crate) compression: Compression,
+    /// Opened without the files that it depends on.
+    pub(crate) structure_only: bool,
 }
 
 impl Image {
@@ -92,16 +94,20 @@ impl Image {
         }
         let data = open_data_file(&header, options, dir)?;
         let backing = Backing::open(&header, options, dir, &chain)?;
-        let (layout, size, raw_data) = (header.layout(), header.size, header.raw_data_file());
+        let (layout, raw_data) = (header.layout(), header.raw_data_file());
         let compression = header.compression;
         let dirty = header.dirty();
-        let meta = load(
+        let mut meta = load(
             Arc::clone(&storage),
             data.clone(),
             header,
             options,
             backing.is_some(),
         )?;
+        if let Some(name) = &options.snapshot {
+            meta.view_snapshot(name)?;
+        }
+        let size = meta.header.size;
         let image = Image {
             meta: Mutex::new(meta),
             changed: Condvar::new(),
@@ -112,11 +118,15 @@ impl Image {
             size: AtomicU64::new(size),
             raw_data,
             compression,
+            structure_only: options.for_repair,
         };
         if dirty && options.write && !options.for_repair {
-            return Err(Error::Unsupported(
-                "writing to an image that was not closed (dirty bit)".into(),
-            ));
+            let repaired = image.repair_dirty();
+            if repaired.is_err() {
+                // Closing it must not call it clean.
+                image.lock().writable = false;
+            }
+            repaired?;
         }
         Ok(image)
     }
@@ -176,7 +186,11 @@ impl Image {
 
     fn finish(&self) -> Result<()> {
         let mut meta = self.exclusive();
-        if meta.writable { meta.clean() } else { Ok(()) }
+        if meta.writable && !self.structure_only {
+            meta.clean()
+        } else {
+            Ok(())
+        }
     }
 
     // A thread that panicked in here has changed the caches at most half: they are not written any more.
@@ -225,6 +239,11 @@ impl Image {
 
     /// Checks that `length` bytes at `offset` are on the disk.
     pub(crate) fn check_range(&self, offset: u64, length: u64) -> Result<()> {
+        if self.structure_only {
+            return Err(Error::Invalid(
+                "the image was opened for a check, not for its data".into(),
+            ));
+        }
         let size = self.len();
         match offset.checked_add(length) {
             Some(end) if end <= size => Ok(()),
@@ -262,7 +281,7 @@ fn open_data_file(
     options: &OpenOptions,
     dir: Option<&Path>,
 ) -> Result<Option<Arc<dyn Storage>>> {
-    if !header.external_data() {
+    if !header.external_data() || options.for_repair {
         return Ok(None);
     }
     let Some(name) = &header.data_name else {
@@ -374,9 +393,14 @@ pub(crate) fn note_tables(meta: &mut Meta) -> Result<()> {
     }
     for (i, entry) in meta.l1.iter().enumerate() {
         let offset = entry & OFFSET;
-        if offset != 0 && (!meta.layout.aligned(offset) || !meta.tables.insert(offset)) {
-            let why = format!("entry {i} is {offset:#x}: not aligned, or there twice");
-            return Err(Error::malformed("L1 table", why));
+        if !meta.layout.aligned(offset) {
+            return Err(Error::malformed(
+                "L1 table",
+                format!("entry {i} is {offset:#x}: not aligned"),
+            ));
+        }
+        if offset != 0 {
+            meta.tables.insert(offset);
         }
     }
     Ok(())

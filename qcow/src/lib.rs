@@ -37,22 +37,37 @@ mod snapshot_table;
 mod alloc;
 mod cache;
 mod meta;
+mod refmap;
+mod switch;
+mod walk;
 mod writeback;
 
 // What a user does.
 mod backing;
+mod bitmap;
+mod check;
+mod convert;
 mod create;
 mod error;
 mod image;
+mod map;
 mod options;
 mod read;
+mod resize;
+mod snapshot;
 mod storage;
 mod write;
+mod write_compressed;
 mod zero;
 
+pub use bitmap::Bitmap;
+pub use check::{CheckReport, Repair, check, check_storage};
+pub use convert::{Convert, Format, Progress, commit};
 pub use error::{Error, Result};
 pub use header::{BitmapExtension, Compression, Header, MAGIC, is_qcow2};
 pub use image::Image;
+pub use map::{Extent, ExtentKind, ImageInfo, info};
 pub use options::{CreateOptions, OpenOptions};
+pub use resize::Shrink;
 pub use snapshot_table::Snapshot;
 pub use storage::{FileStorage, MemStorage, Storage};

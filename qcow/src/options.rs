@@ -18,6 +18,7 @@ pub struct OpenOptions {
     pub(crate) punch_holes: bool,
     pub(crate) for_repair: bool,
     pub(crate) ignore_backing: bool,
+    pub(crate) snapshot: Option<String>,
 }
 
 impl Default for OpenOptions {
@@ -33,6 +34,7 @@ impl Default for OpenOptions {
             punch_holes: true,
             for_repair: false,
             ignore_backing: false,
+            snapshot: None,
         }
     }
 }
@@ -98,6 +100,13 @@ impl OpenOptions {
     #[must_use]
     pub fn punch_holes(mut self, yes: bool) -> Self {
         self.punch_holes = yes;
+        self
+    }
+
+    /// Opens the disk as it was at an internal snapshot, by id or else by name, for reading only.
+    #[must_use]
+    pub fn snapshot(mut self, id_or_name: &str) -> Self {
+        self.snapshot = Some(id_or_name.to_owned());
         self
     }
 

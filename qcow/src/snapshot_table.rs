@@ -30,6 +30,8 @@ pub struct Snapshot {
     pub(crate) l1_size: u32,
     /// Extra data past what this crate knows.
     pub(crate) more: Vec<u8>,
+    /// Bytes of its entry as read.
+    pub(crate) on_disk: u64,
 }
 
 /// Reads the whole table.
@@ -77,6 +79,7 @@ pub(crate) fn read(storage: &dyn Storage, header: &Header) -> Result<Vec<Snapsho
             l1_offset: be64(&fixed, 0),
             l1_size: be32(&fixed, 8),
             more: extra.get(16..).unwrap_or_default().to_vec(),
+            on_disk: (40 + rest.len() as u64).next_multiple_of(8),
         };
         if !layout.aligned(snapshot.l1_offset) || snapshot.l1_offset >= 1 << 63 {
             return Err(malformed(
@@ -132,4 +135,9 @@ pub(crate) fn encode(snapshots: &[Snapshot]) -> Result<Vec<u8>> {
         ));
     }
     Ok(b)
+}
+
+/// Bytes that the table takes on disk.
+pub(crate) fn table_bytes(snapshots: &[Snapshot]) -> u64 {
+    snapshots.iter().map(|s| s.on_disk).sum()
 }

@@ -262,6 +262,10 @@ impl Image {
     /// [`Error::OutOfRange`], [`Error::ReadOnly`], [`Error::Io`], and what a corrupt image causes.
     pub fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
         self.check_range(offset, buf.len() as u64)?;
+        self.write_unchecked(buf, offset)
+    }
+
+    pub(crate) fn write_unchecked(&self, buf: &[u8], offset: u64) -> Result<()> {
         let mut done = 0;
         while done < buf.len() {
             done += self.write_some(&buf[done..], offset + done as u64)?;

@@ -198,6 +198,16 @@ impl Image {
         } else {
             disk_end
         };
+        self.zero_steps(offset, end, disk_end, kind)
+    }
+
+    /// Makes bytes read as zeros that may be past the end of the disk, though not of its L1 table.
+    pub(crate) fn zero_unchecked(&self, offset: u64, end: u64) -> Result<()> {
+        self.zero_steps(offset, end, end, Kind::Zero)
+    }
+
+    /// Up to `end` with entries, up to `disk_end` with zeros as data.
+    fn zero_steps(&self, offset: u64, end: u64, disk_end: u64, kind: Kind) -> Result<()> {
         let mut at = offset;
         while at < end {
             let step = {
@@ -222,7 +232,7 @@ impl Image {
                     let mut from = at;
                     while from < stop {
                         let part = (stop - from).min(ZEROS.len() as u64) as usize;
-                        self.write_at(&ZEROS[..part], from)?;
+                        self.write_unchecked(&ZEROS[..part], from)?;
                         from += part as u64;
                     }
                     at = if stop == disk_end { end } else { stop };
