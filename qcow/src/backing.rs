@@ -130,7 +130,7 @@ fn open_named(
                 Box::new(storage),
                 &options,
                 dir.as_deref(),
-                chain,
+                &chain,
             )?)))
         }
         other => Err(Error::Unsupported(format!("backing format {other:?}"))),

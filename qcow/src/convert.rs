@@ -236,7 +236,7 @@ fn copy_step(
         Disk::Raw(storage) => {
             storage
                 .read_at(buf, at)
-                .map_err(Error::io("reading", "source file", at))?
+                .map_err(Error::io("reading", "source file", at))?;
         }
     }
     match target {
@@ -318,7 +318,7 @@ pub fn commit(path: impl AsRef<Path>, options: &OpenOptions, progress: Progress<
             Disk::Qcow2(base) => base.resize(size, Shrink::IfFree)?,
             Disk::Raw(base) => {
                 base.set_len(size)
-                    .map_err(Error::io("growing", "backing file", size))?
+                    .map_err(Error::io("growing", "backing file", size))?;
             }
         }
     }
@@ -332,7 +332,7 @@ pub fn commit(path: impl AsRef<Path>, options: &OpenOptions, progress: Progress<
             image.read_at(&mut buf, s.guest)?;
             match &base {
                 Disk::Qcow2(base) if s.source == Source::Zero => {
-                    base.write_zeroes(s.guest, s.length)?
+                    base.write_zeroes(s.guest, s.length)?;
                 }
                 Disk::Qcow2(base) => base.write_at(&buf, s.guest)?,
                 Disk::Raw(base) => base.write_at(&buf, s.guest).map_err(Error::io(

@@ -64,7 +64,7 @@ impl Image {
             Box::new(FileStorage::new(file)),
             options,
             dir.as_deref(),
-            chain,
+            &chain,
         )
     }
 
@@ -77,7 +77,7 @@ impl Image {
             storage,
             options,
             options.backing_dir.as_deref(),
-            Chain::new(),
+            &Chain::new(),
         )
     }
 
@@ -85,7 +85,7 @@ impl Image {
         storage: Box<dyn Storage>,
         options: &OpenOptions,
         dir: Option<&Path>,
-        chain: Chain,
+        chain: &Chain,
     ) -> Result<Image> {
         let storage: Arc<dyn Storage> = Arc::from(storage);
         let header = Header::read(storage.as_ref())?;
@@ -93,7 +93,7 @@ impl Image {
             return Err(Error::MarkedCorrupt);
         }
         let data = open_data_file(&header, options, dir)?;
-        let backing = Backing::open(&header, options, dir, &chain)?;
+        let backing = Backing::open(&header, options, dir, chain)?;
         let (layout, raw_data) = (header.layout(), header.raw_data_file());
         let compression = header.compression;
         let dirty = header.dirty();

@@ -69,7 +69,9 @@ impl Image {
         let size = self.cluster_size();
         let length = buf.len() as u64;
         self.check_range(offset, length)?;
-        if offset % size != 0 || (length % size != 0 && offset + length != self.len()) {
+        if !offset.is_multiple_of(size)
+            || (!length.is_multiple_of(size) && offset + length != self.len())
+        {
             return Err(Error::Invalid(format!(
                 "compressing {length} bytes at {offset:#x}: whole clusters are needed"
             )));

@@ -50,7 +50,7 @@ impl Meta {
             // Parts of units are written; so are clusters that this version cannot mark.
             let (from_unit, to_unit) = ((at - first).div_ceil(unit), (to - first) / unit);
             let whole = from_unit == 0 && to_unit == layout.units();
-            let new = if at % unit != 0 {
+            let new = if !at.is_multiple_of(unit) {
                 None
             } else if whole {
                 self.zero_cluster(&entry, kind)?
@@ -67,12 +67,12 @@ impl Meta {
                     at = to;
                     continue;
                 }
-                let unit_end = (at / unit + 1) * unit;
-                return Ok(Step::Write(if whole || at % unit == 0 && to < unit_end {
-                    to - at
+                let stop = if whole {
+                    to
                 } else {
-                    unit_end.min(to) - at
-                }));
+                    ((at / unit + 1) * unit).min(to)
+                };
+                return Ok(Step::Write(stop - at));
             };
             if new != entry {
                 let host = |e: &L2Entry| crate::meta::referenced(e, &layout);

@@ -51,7 +51,7 @@ fn all_options() -> Vec<CreateOptions> {
         o.clone().cluster_size(4096).refcount_bits(2),
         o.clone().cluster_size(4096).refcount_bits(64),
         o.clone().extended_l2(true),
-        o.clone().lazy_refcounts(true).cluster_size(1024),
+        o.lazy_refcounts(true).cluster_size(1024),
     ]
 }
 
