@@ -192,10 +192,19 @@ impl<M: DeviceMemory> DeviceCore<M> {
         if !std::mem::take(&mut self.active) {
             return Ok(());
         }
-        let queues = self.device.deactivate().map_err(|source| CoreError::Stop {
-            device: self.device_type(),
-            source,
+        let mut queues = self.device.deactivate().map_err(|source| {
+            // Its queues are lost: only a reset makes new ones.
+            self.interrupt.needs_reset();
+            CoreError::Stop {
+                device: self.device_type(),
+                source,
+            }
         })?;
+        let memory = self.memory.memory();
+        for queue in &mut queues {
+            // What was used last must not wait for the resume; a fault shows again then.
+            let _ = queue.signal(&*memory, &*self.interrupt);
+        }
         self.state
             .take_queues(queues.iter().map(|queue| (queue.index(), queue.state())));
         Ok(())

@@ -1,10 +1,10 @@
 //! What a handler can do to the worker it runs in.
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::RawFd;
 
 use vm_memory::GuestMemory;
-use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent};
 
 use super::Source;
 use crate::{Chain, DeviceQueue, Fault, Next, Outcome, QueueError, VirtioInterrupt};
@@ -54,8 +54,8 @@ pub(super) struct Waiting {
 }
 
 impl Waiting {
-    pub fn add(&mut self, handler: usize, source: &Source<'_>) -> io::Result<()> {
-        let (fd, token) = (source.fd.as_raw_fd(), source.token);
+    pub fn add(&mut self, handler: usize, source: &Source) -> io::Result<()> {
+        let Source { fd, events, token } = *source;
         let tag = Tag::Source { handler, token };
         let known = self
             .sources
@@ -68,7 +68,7 @@ impl Waiting {
         };
         let is_new = known.is_none();
         self.epoll
-            .ctl(operation, fd, EpollEvent::new(source.events, tag.encode()))?;
+            .ctl(operation, fd, EpollEvent::new(events, tag.encode()))?;
         if is_new {
             self.sources.push((handler, token, fd));
         }
@@ -132,20 +132,12 @@ impl<'a> Context<'a> {
     ///
     /// # Errors
     /// What the kernel says, or that the token is another descriptor's.
-    pub fn watch(&mut self, source: &Source<'_>) -> io::Result<()> {
+    pub fn watch(&mut self, source: &Source) -> io::Result<()> {
         self.waiting.add(self.handler, source)
     }
 
     /// Waits for the source with `token` no more. Before its descriptor is closed, this must be called.
     pub fn unwatch(&mut self, token: u32) {
         self.waiting.remove(self.handler, token);
-    }
-
-    /// [`watch`](Self::watch) in one line.
-    ///
-    /// # Errors
-    /// As there.
-    pub fn watch_fd(&mut self, fd: BorrowedFd<'_>, events: EventSet, token: u32) -> io::Result<()> {
-        self.watch(&Source { fd, events, token })
     }
 }

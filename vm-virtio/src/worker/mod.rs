@@ -15,7 +15,7 @@ mod run;
 mod tests;
 
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, sync_channel};
 
@@ -30,9 +30,9 @@ use run::Loop;
 
 /// A descriptor that a handler waits for besides its queues.
 #[derive(Clone, Copy, Debug)]
-pub struct Source<'a> {
+pub struct Source {
     /// What to wait on. It stays open for as long as it is watched.
-    pub fd: BorrowedFd<'a>,
+    pub fd: RawFd,
     /// For what, level-triggered.
     pub events: EventSet,
     /// Tells the handler's sources apart.
@@ -52,7 +52,7 @@ pub trait QueueHandler: Send {
     fn on_queue(&mut self, index: u16, context: &mut Context<'_>) -> Result<(), QueueError>;
 
     /// What else to wait for from the start. [`Context::watch`] adds to it later.
-    fn sources(&self) -> Vec<Source<'_>> {
+    fn sources(&self) -> Vec<Source> {
         Vec::new()
     }
 
@@ -89,7 +89,7 @@ impl<H: QueueHandler + ?Sized> QueueHandler for Box<H> {
         (**self).on_queue(index, context)
     }
 
-    fn sources(&self) -> Vec<Source<'_>> {
+    fn sources(&self) -> Vec<Source> {
         (**self).sources()
     }
 
