@@ -166,3 +166,6 @@ impl BusDevice for PciConfigMmio {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

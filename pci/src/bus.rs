@@ -352,3 +352,6 @@ impl Segments {
         self.0.iter()
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -370,7 +370,7 @@ impl ConfigurationSpace {
     }
 
     /// Sets or clears the interrupt bit of the status register, and says whether the interrupt pin is asserted now: the bit
-    /// is set and the command register does not disable the pin (PCI Local Bus 3.0 §6.2.3).
+    /// is set and nothing disables the pin (PCI Local Bus 3.0 §6.2.3).
     pub fn set_interrupt(&mut self, wanted: bool) -> bool {
         let status = &mut self.bytes[usize::from(STATUS)];
         *status =
@@ -378,12 +378,15 @@ impl ConfigurationSpace {
         self.interrupt_asserted()
     }
 
-    /// Whether the interrupt pin is asserted: to be asked again after a write of the command register.
+    /// Whether the interrupt pin is asserted: to be asked again after a write of the command register or of the control of
+    /// MSI or MSI-X, which take the pin's place while they are enabled (PCI Local Bus 3.0 §6.8.3.3).
     #[must_use]
     pub fn interrupt_asserted(&self) -> bool {
         self.bytes[usize::from(INTERRUPT_PIN)] != 0
             && self.word(usize::from(STATUS)) & STATUS_INTERRUPT != 0
             && self.command() & COMMAND_INTX_DISABLE == 0
+            && !self.msix.as_ref().is_some_and(|(_, table)| table.enabled())
+            && !self.msi.as_ref().is_some_and(|(_, msi)| msi.enabled())
     }
 
     /// Adds to the bits of the two bytes at `offset` that the guest can write.
@@ -405,3 +408,6 @@ impl ConfigurationSpace {
 fn overlaps(at: usize, len: usize, range: Range<usize>) -> bool {
     at < range.end && at.saturating_add(len) > range.start && len > 0
 }
+
+#[cfg(test)]
+mod tests;

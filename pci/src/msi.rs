@@ -58,6 +58,14 @@ impl Msi {
         self.vectors.len()
     }
 
+    /// Whether the guest uses MSI: its function then has no interrupt pin.
+    #[must_use]
+    pub fn enabled(&self) -> bool {
+        self.vectors
+            .with(0, |vector| vector.control != Control::Disabled)
+            .unwrap_or(false)
+    }
+
     /// Raises `vector`; where the guest gave us fewer vectors they are shared (§6.8.3.1). While it is masked it becomes
     /// pending; with MSI disabled it is lost.
     ///
@@ -127,3 +135,6 @@ impl Msi {
         });
     }
 }
+
+#[cfg(test)]
+mod tests;

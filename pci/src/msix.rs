@@ -344,3 +344,6 @@ impl Trigger for MsixVector {
         self.table.trigger(self.vector)
     }
 }
+
+#[cfg(test)]
+mod tests;
