@@ -50,16 +50,29 @@ pub fn rsdp() -> Option<u64> {
         .or_else(|| (0xa0000..0x10_0000).step_by(16).find(is_one))
 }
 
-/// The tables that the XSDT lists, then the DSDT that the FADT names.
+/// The tables that the XSDT lists (with ACPI 1.0, the RSDT), then the DSDT that the FADT names.
 pub fn tables(rsdp: u64) -> impl Iterator<Item = Table> {
-    let xsdt = Table::at(peek(rsdp + 24));
-    let count = u64::from(xsdt.length.saturating_sub(36) / 8).min(64);
-    let listed = (0..count).map(move |i| Table::at(peek(xsdt.address + 36 + i * 8)));
+    let is_old = peek::<u8>(rsdp + 15) < 2;
+    let (root, width) = if is_old {
+        (u64::from(peek::<u32>(rsdp + 16)), 4)
+    } else {
+        (peek(rsdp + 24), 8)
+    };
+    let xsdt = Table::at(root);
+    let count = u64::from(xsdt.length.saturating_sub(36)) / width;
+    let listed = (0..count.min(64)).map(move |i| {
+        let at = xsdt.address + 36 + i * width;
+        Table::at(if is_old {
+            u64::from(peek::<u32>(at))
+        } else {
+            peek(at)
+        })
+    });
     let dsdt = listed
         .clone()
         .find(|t| &t.signature == b"FACP")
         .map(|fadt| {
-            let wide: u64 = peek(fadt.address + 140);
+            let wide: u64 = if is_old { 0 } else { peek(fadt.address + 140) };
             Table::at(if wide != 0 {
                 wide
             } else {
@@ -67,6 +80,16 @@ pub fn tables(rsdp: u64) -> impl Iterator<Item = Table> {
             })
         });
     core::iter::once(xsdt).chain(listed).chain(dsdt)
+}
+
+/// The first segment of the MCFG: address of bus 0's configuration space, first and last bus (PCI Firmware 3.0 §4.1.2).
+pub fn ecam() -> Option<(u64, u8, u8)> {
+    let mcfg = tables(rsdp()?).find(|t| &t.signature == b"MCFG" && t.length >= 60)?;
+    Some((
+        peek(mcfg.address + 44),
+        peek(mcfg.address + 54),
+        peek(mcfg.address + 55),
+    ))
 }
 
 /// APIC ids of the enabled processors in the MADT (types 0 and 9).

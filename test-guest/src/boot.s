@@ -150,7 +150,7 @@ ap32:
     .quad start32
 
 # Identity map of 16 GiB with 2 MiB pages, open to CPL 3, and once more from 512 GiB on for CPL 0
-# alone.
+# alone. `map.rs` adds a window at 1 TiB.
 .section .tables, "aw"
 .balign 4096
 .globl pml4

@@ -12,7 +12,9 @@
 mod acpi;
 mod boot;
 mod cpu;
+mod map;
 mod mem;
+mod pci;
 mod power;
 mod serial;
 mod tests;
@@ -26,9 +28,17 @@ pub fn option(key: &str) -> Option<&'static str> {
         .find_map(|word| word.strip_prefix(key)?.strip_prefix('='))
 }
 
-/// The value of `key=number` on the command line.
+/// The value of `key=number` on the command line, decimal or with `0x` in front.
 pub fn number(key: &str) -> Option<u64> {
-    option(key)?.parse().ok()
+    parse(option(key)?)
+}
+
+/// A decimal number, or a hexadecimal one after `0x`.
+pub fn parse(text: &str) -> Option<u64> {
+    match text.strip_prefix("0x") {
+        Some(digits) => u64::from_str_radix(digits, 16).ok(),
+        None => text.parse().ok(),
+    }
 }
 
 #[unsafe(no_mangle)]
@@ -36,6 +46,7 @@ extern "C" fn guest_main() -> ! {
     serial::init();
     line!("HELLO test-guest");
     cpu::idt::init();
+    cpu::apic::mask_legacy();
     cpu::apic::init();
     cpu::cpl3::init();
     let failed = tests::run(option("test").unwrap_or("boot"));

@@ -3,7 +3,7 @@
 use core::sync::atomic::{AtomicBool, Ordering};
 
 use super::idt::SPURIOUS;
-use super::{cpuid, rdmsr, wrmsr};
+use super::{cpuid, outb, rdmsr, wrmsr};
 
 const LAPIC: u64 = 0xfee0_0000;
 const IOAPIC: u64 = 0xfec0_0000;
@@ -38,6 +38,12 @@ pub fn init() {
         X2APIC.store(true, Ordering::Relaxed);
     }
     write(Reg::Spurious, 0x100 | u32::from(SPURIOUS));
+}
+
+/// Silences the two 8259s, which firmware may have left ticking.
+pub fn mask_legacy() {
+    outb(0x21, 0xff);
+    outb(0xa1, 0xff);
 }
 
 /// True in x2APIC mode.

@@ -35,6 +35,32 @@ pub fn inl(port: u16) -> u32 {
     value
 }
 
+/// Writes four bytes to a port.
+pub fn outl(port: u16, value: u32) {
+    // SAFETY: a port write changes no memory of ours.
+    unsafe {
+        asm!("out dx, eax", in("dx") port, in("eax") value, options(nomem, nostack, preserves_flags))
+    }
+}
+
+/// Reads two bytes from a port.
+pub fn inw(port: u16) -> u16 {
+    let value;
+    // SAFETY: a port read changes no memory of ours.
+    unsafe {
+        asm!("in ax, dx", in("dx") port, out("ax") value, options(nomem, nostack, preserves_flags))
+    }
+    value
+}
+
+/// Writes two bytes to a port.
+pub fn outw(port: u16, value: u16) {
+    // SAFETY: a port write changes no memory of ours.
+    unsafe {
+        asm!("out dx, ax", in("dx") port, in("ax") value, options(nomem, nostack, preserves_flags))
+    }
+}
+
 /// Reads an MSR (CPL 0 only).
 pub fn rdmsr(msr: u32) -> u64 {
     let (low, high): (u32, u32);

@@ -4,6 +4,7 @@ mod acpi;
 mod boot;
 mod insn;
 mod irq;
+mod pci;
 mod ports;
 mod smp;
 
@@ -50,6 +51,7 @@ const TESTS: &[Test] = &[
     ("smp", smp::processors),
     ("instructions", insn::instructions),
     ("syscall", insn::syscall),
+    ("pci", pci::pci),
 ];
 
 /// Runs the tests named in a `,`-separated list; how many failed, unknown names included.
