@@ -88,3 +88,79 @@ fn room(
     }
     Ok(Some(room))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bar(address: u64, size: u64, decoded: bool) -> Bar {
+        Bar {
+            index: 0,
+            kind: BarKind::Memory32 {
+                prefetchable: false,
+            },
+            size,
+            address,
+            decoded,
+        }
+    }
+
+    #[test]
+    fn all_of_a_bar_must_be_in_one_window() {
+        let windows = Windows {
+            memory32: Some(0x1000..=0x2fff),
+            memory64: Some(0x3000..=0x47ff),
+            ..Windows::default()
+        };
+        for (address, size, contained) in [
+            (0x1000, 0x1000, true),
+            (0x2000, 0x1000, true),
+            (0x2000, 0x2000, false),
+            (0x4000, 0x800, true),
+            (0x4000, 0x1000, false),
+            (0, 0x2000, false),
+            (u64::MAX - 0xf, 0x10, false),
+            (u64::MAX - 0xf, 0x20, false),
+        ] {
+            let there = windows.contain(&bar(address, size, true));
+            assert_eq!(there, contained, "{size:#x} at {address:#x}");
+        }
+        let ports = Bar {
+            kind: BarKind::Io,
+            ..bar(0x1000, 0x10, true)
+        };
+        assert!(!windows.contain(&ports), "no window of ports");
+    }
+
+    #[test]
+    fn of_two_at_one_place_the_one_that_answers_counts() {
+        let windows = Windows {
+            memory32: Some(0x1_0000..=0x1_ffff),
+            ..Windows::default()
+        };
+        let taken = [bar(0x1_0000, 0x100, false), bar(0x1_0000, 0x4000, true)];
+        let wanted = [bar(0, 0x1000, false)];
+        assert_eq!(windows.place(&wanted, &taken), Ok(vec![0x1_4000]));
+    }
+
+    #[test]
+    fn no_window_and_windows_that_are_none() {
+        let wanted = [bar(0, 0x1000, false)];
+        let none = Err(AllocatorError::Range {
+            base: 0,
+            size: 0x1000,
+        });
+        assert_eq!(Windows::default().place(&wanted, &[]), none);
+        #[allow(clippy::reversed_empty_ranges)]
+        let backwards = Windows {
+            io: Some(5..=4),
+            ..Windows::default()
+        };
+        assert!(backwards.place(&[], &[]).is_err());
+        let everything = Windows {
+            io: Some(0..=u64::MAX),
+            ..Windows::default()
+        };
+        assert!(everything.place(&[], &[]).is_err());
+    }
+}
