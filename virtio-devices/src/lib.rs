@@ -1,0 +1,7 @@
+//! Virtio devices, a file or folder each, and the PCI transport that they sit behind. Knows no hypervisor: a device is given guest
+//! memory, a way to start threads, and, on PCI, one to send messages.
+
+mod rng;
+pub mod transport;
+
+pub use rng::{Rng, RngError};

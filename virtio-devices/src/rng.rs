@@ -1,0 +1,221 @@
+//! The entropy device (virtio 1.2 §5.4): fills the driver's buffers from a file of the host, `/dev/urandom` as a rule.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use log::debug;
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
+use vm_memory::{GuestMemory, ReadVolatile, VolatileMemoryError};
+use vm_migration::{MigrationError, Schema, Section};
+use vm_virtio::feature::RING_FEATURES;
+use vm_virtio::{
+    Activation, Chain, Context, DeviceError, DeviceMemory, DeviceQueue, EventSet, Fault, Outcome,
+    QueueError, QueueHandler, Source, VirtioDevice, Worker,
+};
+
+/// Entries of the queue.
+const QUEUE_SIZE: u16 = 256;
+/// The most bytes for one request: a device may fill less than the driver has room for (§5.4.6.2), and a request takes little time.
+const MAX_REQUEST: u32 = 64 << 10;
+/// O_NONBLOCK of Linux: a source that has nothing at the moment must not hold up a pause.
+const O_NONBLOCK: i32 = 0o4000;
+
+/// Why there is no entropy.
+#[derive(Debug, Error)]
+pub enum RngError {
+    /// The source does not open.
+    #[error("opening the source of entropy {path:?}")]
+    Open {
+        /// Its path.
+        path: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// There is no second descriptor of it, for the device's thread.
+    #[error("using the source of entropy {path:?}")]
+    Share {
+        /// Its path.
+        path: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// An entropy device.
+pub struct Rng<M> {
+    id: String,
+    path: PathBuf,
+    source: File,
+    worker: Option<Worker<Handler<M>>>,
+}
+
+impl<M> Rng<M> {
+    /// Reads from `path`. `id` names the device's thread.
+    ///
+    /// # Errors
+    /// [`RngError::Open`].
+    pub fn open(id: &str, path: &Path) -> Result<Self, RngError> {
+        let source = OpenOptions::new()
+            .read(true)
+            .custom_flags(O_NONBLOCK)
+            .open(path)
+            .map_err(|source| RngError::Open {
+                path: path.to_owned(),
+                source,
+            })?;
+        Ok(Self {
+            id: id.to_owned(),
+            path: path.to_owned(),
+            source,
+            worker: None,
+        })
+    }
+}
+
+/// The device has no state of its own.
+#[derive(Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+struct RngV1 {}
+
+impl Schema for RngV1 {
+    const KIND: &'static str = "virtio-rng";
+    const VERSION: u32 = 1;
+}
+
+impl<M: DeviceMemory> VirtioDevice<M> for Rng<M> {
+    fn device_type(&self) -> u32 {
+        VIRTIO_ID_RNG
+    }
+
+    fn features(&self) -> u64 {
+        RING_FEATURES
+    }
+
+    fn queue_max_sizes(&self) -> &[u16] {
+        &[QUEUE_SIZE]
+    }
+
+    fn activate(&mut self, activation: Activation<M>) -> Result<(), DeviceError> {
+        let source = self.source.try_clone().map_err(|source| {
+            let path = self.path.clone();
+            DeviceError::Device("entropy", Box::new(RngError::Share { path, source }))
+        })?;
+        let handler = Handler {
+            queues: activation.queues,
+            memory: activation.memory,
+            source,
+        };
+        self.worker = Some(Worker::start(
+            &self.id,
+            vec![handler],
+            activation.interrupt,
+            &activation.spawn,
+        )?);
+        Ok(())
+    }
+
+    fn deactivate(&mut self) -> Result<Vec<DeviceQueue>, DeviceError> {
+        let handlers = match self.worker.take() {
+            Some(worker) => worker.stop()?,
+            None => Vec::new(),
+        };
+        Ok(handlers.into_iter().flat_map(|h| h.queues).collect())
+    }
+
+    fn save(&self, id: &str) -> Result<Section, MigrationError> {
+        Section::encode(id, &RngV1 {})
+    }
+
+    fn restore(&mut self, section: &Section) -> Result<(), MigrationError> {
+        let RngV1 {} = section.decode()?;
+        Ok(())
+    }
+}
+
+/// Serves the one queue.
+struct Handler<M> {
+    queues: Vec<DeviceQueue>,
+    memory: M,
+    source: File,
+}
+
+impl<M: DeviceMemory> QueueHandler for Handler<M> {
+    fn queues(&mut self) -> &mut [DeviceQueue] {
+        &mut self.queues
+    }
+
+    fn on_queue(&mut self, _index: u16, context: &mut Context<'_>) -> Result<(), QueueError> {
+        let Some(queue) = self.queues.first_mut() else {
+            return Ok(());
+        };
+        let memory = self.memory.memory();
+        let mut dry = false;
+        context.serve(queue, &*memory, |chain| {
+            let outcome = fill(&mut self.source, &*memory, chain)?;
+            dry = outcome == Outcome::Later;
+            Ok(outcome)
+        })?;
+        if dry {
+            let watched = context.watch(&Source {
+                fd: self.source.as_raw_fd(),
+                events: EventSet::IN,
+                token: 0,
+            });
+            watched.map_err(|error| {
+                debug!("waiting for entropy: {error}");
+                queue.error(Fault::Request("the source of entropy cannot be waited for"))
+            })?;
+        }
+        Ok(())
+    }
+
+    fn on_source(
+        &mut self,
+        token: u32,
+        _events: EventSet,
+        context: &mut Context<'_>,
+    ) -> Result<(), QueueError> {
+        context.unwatch(token);
+        self.on_queue(0, context)
+    }
+}
+
+/// Fills what it can of `chain`, but no more than [`MAX_REQUEST`].
+fn fill<M: GuestMemory>(source: &mut File, memory: &M, chain: &Chain) -> Result<Outcome, Fault> {
+    let wanted = chain.writable_len().min(MAX_REQUEST);
+    let mut filled = 0;
+    let mut ended = None;
+    chain.writer(memory).slices(wanted as usize, |mut slice| {
+        while ended.is_none() && !slice.is_empty() {
+            match source.read_volatile(&mut slice) {
+                Ok(0) => ended = Some(io::ErrorKind::UnexpectedEof),
+                Ok(count) => {
+                    // No more than the slice, which is no more than what is wanted.
+                    filled += count as u32;
+                    slice = slice.offset(count).map_err(|_| Fault::Request("a slice"))?;
+                }
+                Err(VolatileMemoryError::IOError(e)) => match e.kind() {
+                    io::ErrorKind::Interrupted => {}
+                    kind => ended = Some(kind),
+                },
+                Err(_) => ended = Some(io::ErrorKind::Other),
+            }
+        }
+        Ok(())
+    })?;
+    match ended {
+        Some(io::ErrorKind::WouldBlock) if filled == 0 => Ok(Outcome::Later),
+        Some(kind) if filled == 0 => {
+            debug!("the source of entropy: {kind}");
+            Err(Fault::Request("the source of entropy has ended"))
+        }
+        _ => Ok(Outcome::Used(filled)),
+    }
+}

@@ -1,0 +1,1 @@
+//! The device as its driver sees it, through the BAR.
