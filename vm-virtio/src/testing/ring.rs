@@ -171,6 +171,9 @@ impl DriverQueue {
         (self.available, self.used) = (index, index);
         self.store(self.available() + 2, index);
         self.store(self.used_ring() + 2, index);
+        if self.event_idx {
+            self.set_used_event(index);
+        }
     }
 
     fn store(&self, address: u64, value: u16) {
