@@ -7,6 +7,9 @@
 //!    └───────────────────────────────────────── status 0 ──────────────────────────────────────────┘
 //! ```
 
+#[cfg(test)]
+mod tests;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 

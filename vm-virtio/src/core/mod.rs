@@ -1,5 +1,8 @@
 //! A device behind its registers: what a transport is, but for where its registers are.
 
+#[cfg(test)]
+mod tests;
+
 use std::sync::Arc;
 
 use std::io;

@@ -1,0 +1,168 @@
+//! A device that cannot do what is asked of it.
+
+use std::marker::PhantomData;
+
+use serde::{Deserialize, Serialize};
+use vm_migration::Schema;
+
+use super::*;
+use crate::feature::{ACCESS_PLATFORM, RING_FEATURES};
+use crate::testing::{Guest, TestInterrupt, TestMemory, memory, spawn};
+use crate::{WorkerError, read_config_bytes, status};
+
+#[derive(Deserialize, Serialize)]
+struct BrittleV1 {}
+
+impl Schema for BrittleV1 {
+    const KIND: &'static str = "brittle";
+    const VERSION: u32 = 1;
+}
+
+/// Starts if it is told to, and loses its queues then.
+struct Brittle<M> {
+    starts: bool,
+    memory: PhantomData<M>,
+}
+
+impl<M: DeviceMemory> VirtioDevice<M> for Brittle<M> {
+    fn device_type(&self) -> u32 {
+        99
+    }
+
+    fn features(&self) -> u64 {
+        RING_FEATURES
+    }
+
+    fn queue_max_sizes(&self) -> &[u16] {
+        &[4]
+    }
+
+    fn config_len(&self) -> usize {
+        6
+    }
+
+    fn read_config(&self, offset: usize, data: &mut [u8]) {
+        assert!(offset + data.len() <= 6);
+        read_config_bytes(&[1, 2, 3, 4, 5, 6], offset, data);
+    }
+
+    fn write_config(&mut self, offset: usize, data: &[u8]) {
+        assert!(offset + data.len() <= 6);
+    }
+
+    fn activate(&mut self, _: Activation<M>) -> Result<(), DeviceError> {
+        if self.starts {
+            Ok(())
+        } else {
+            Err(DeviceError::Device("opening the tap", "no tap".into()))
+        }
+    }
+
+    fn deactivate(&mut self) -> Result<Vec<DeviceQueue>, DeviceError> {
+        Err(WorkerError::Gone {
+            name: "brittle".to_owned(),
+        }
+        .into())
+    }
+
+    fn save(&self, id: &str) -> Result<Section, MigrationError> {
+        Section::encode(id, &BrittleV1 {})
+    }
+
+    fn restore(&mut self, section: &Section) -> Result<(), MigrationError> {
+        section.decode::<BrittleV1>().map(drop)
+    }
+}
+
+fn guest(starts: bool) -> Guest {
+    let mut guest = Guest::new(Box::new(Brittle::<TestMemory> {
+        starts,
+        memory: PhantomData,
+    }));
+    assert!(guest.negotiate(RING_FEATURES));
+    guest.set_up_queues();
+    guest
+}
+
+/// An error and its causes in one line.
+fn line(error: &CoreError) -> String {
+    let mut line = error.to_string();
+    let mut cause = std::error::Error::source(error);
+    while let Some(error) = cause {
+        line = format!("{line}: {error}");
+        cause = error.source();
+    }
+    line
+}
+
+#[test]
+fn a_device_that_does_not_start_asks_for_a_reset() {
+    let mut guest = guest(false);
+    let status = guest.core.registers().status() | status::DRIVER_OK;
+    let error = guest.core.write_status(status).unwrap_err();
+    assert_eq!(
+        line(&error),
+        "starting a virtio device of type 99: opening the tap: no tap"
+    );
+    guest.wait_needs_reset();
+    assert_eq!(guest.interrupt.config_count(), 1);
+    assert!(!guest.core.is_active());
+    // Nor does it when the VM resumes.
+    guest.core.pause().unwrap();
+    guest.core.resume().unwrap();
+    assert!(!guest.core.is_active());
+    guest.core.write_status(0).unwrap();
+    assert_eq!(guest.core.registers().status(), 0);
+}
+
+#[test]
+fn a_device_that_does_not_stop_is_reset_all_the_same() {
+    let stop = "stopping a virtio device of type 99: running its workers: \
+                thread \"brittle\" is gone, and its queues with it";
+    let mut guest = guest(true);
+    guest.driver_ok();
+    assert!(guest.core.is_active());
+    assert_eq!(line(&guest.core.write_status(0).unwrap_err()), stop);
+    assert_eq!(guest.core.registers().status(), 0);
+
+    guest = self::guest(true);
+    guest.driver_ok();
+    assert_eq!(line(&guest.core.pause().unwrap_err()), stop);
+    guest.wait_needs_reset();
+    guest.core.resume().unwrap();
+    assert!(!guest.core.is_active(), "its queues are lost");
+}
+
+#[test]
+fn a_device_sees_only_accesses_to_what_it_has() {
+    let mut guest = guest(true);
+    let read = |core: &DeviceCore<TestMemory>, offset| {
+        let mut data = [0xee; 4];
+        core.read_config(offset, &mut data);
+        data
+    };
+    assert_eq!(read(&guest.core, 1), [2, 3, 4, 5]);
+    assert_eq!(read(&guest.core, 4), [5, 6, 0, 0]);
+    for offset in [6, 7, u64::MAX] {
+        assert_eq!(read(&guest.core, offset), [0; 4]);
+        guest.core.write_config(offset, &[1]);
+    }
+    guest.core.write_config(4, &[0; 4]);
+    guest.core.write_config(4, &[0; 2]);
+}
+
+#[test]
+fn the_machine_can_add_features() {
+    let device = Box::new(Brittle::<TestMemory> {
+        starts: true,
+        memory: PhantomData,
+    });
+    let interrupt = Arc::new(TestInterrupt::default());
+    let mut core = DeviceCore::new(device, ACCESS_PLATFORM, memory(), interrupt, spawn()).unwrap();
+    let offered = RING_FEATURES | ACCESS_PLATFORM;
+    assert_eq!(core.registers().offered_features(), offered);
+    core.reset().unwrap();
+    assert_eq!(core.registers().offered_features(), offered);
+    assert_eq!(core.device_type(), 99);
+    assert!(core.kick(0).is_some() && core.kick(1).is_none());
+}
