@@ -156,6 +156,7 @@ impl KvmVcpu {
                 special.cr2 = cr2.unwrap_or(special.cr2);
                 (name, Some((vector, error_code)))
             }
+            Err(refusal) if self.is_new(before.rip, &refusal) => return Ok(()),
             Err(refusal) if special_before.cs.dpl == 3 => {
                 log::debug!(
                     "vCPU {}: `{}` at {:#x} of user code becomes #UD: {}",
@@ -169,6 +170,7 @@ impl KvmVcpu {
             Err(refusal) => return Err(self.refused(before.rip, refusal)),
         };
         log::trace!("vCPU {}: {name} at {:#x}", self.id, before.rip);
+        self.refused = None;
         if registers != before {
             self.fd
                 .set_regs(&registers)
@@ -223,6 +225,15 @@ impl KvmVcpu {
             .set_debug_regs(&debug)
             .map_err(self.error("setting the debug registers"))?;
         self.inject(DEBUG, None)
+    }
+
+    /// Whether KVM is to try a refused instruction once more: another vCPU may have written it since KVM
+    /// read it, as kernels do when they patch themselves by way of an INT3. The second refusal stands.
+    fn is_new(&mut self, rip: u64, refusal: &Refusal) -> bool {
+        let this = Some((rip, refusal.bytes.clone()));
+        let new = self.refused != this;
+        self.refused = this;
+        new
     }
 
     fn refused(&self, rip: u64, refusal: Refusal) -> VcpuError {

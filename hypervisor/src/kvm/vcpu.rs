@@ -30,6 +30,8 @@ pub(super) struct KvmVcpu {
     pub(super) id: u32,
     pub(super) shared: Arc<Shared>,
     pub(super) counters: Counters,
+    /// Where the fallback refused an instruction last, and the bytes there.
+    pub(super) refused: Option<(u64, Vec<u8>)>,
     /// CPUID as KVM shows it, once the fallback wanted it; empty before.
     pub(super) cpuid: RefCell<Vec<CpuidEntry>>,
     /// The fallback's copy of the XSAVE area; of no meaning between two instructions.
@@ -51,6 +53,7 @@ impl KvmVcpu {
             fd,
             id,
             counters: Counters::default(),
+            refused: None,
             cpuid: RefCell::default(),
             xsave: vec![0; shared.xsave_size],
             remedy,
