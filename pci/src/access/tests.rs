@@ -175,8 +175,6 @@ fn memory_reaches_the_same() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(256))]
-
     /// Any access by ports and memory: no panic, and what is read-only stays.
     #[test]
     fn any_access(

@@ -443,8 +443,6 @@ fn access() -> impl Strategy<Value = (u8, u16, Vec<u8>)> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(256))]
-
     /// Whatever is written: a BAR answers where its register says, in its window and alone, or something is in its way.
     #[test]
     fn bars_answer_where_they_should(writes in prop::collection::vec(access(), 0..60)) {

@@ -292,8 +292,6 @@ fn past_the_end() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(256))]
-
     /// Whatever is written wherever: bits that the guest cannot write stay, reads of any size agree with each other.
     #[test]
     fn read_only_bits_stay(
