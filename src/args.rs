@@ -3,7 +3,9 @@
 
 use anyhow::Result;
 use argh::FromArgs;
-use vmm::config::{ConsoleConfig, CpusConfig, MemoryConfig, PayloadConfig, VmConfig};
+use vmm::config::{
+    ConsoleConfig, CpusConfig, DiskConfig, MemoryConfig, PayloadConfig, RngConfig, VmConfig,
+};
 
 /// A virtual machine monitor for modern cloud workloads on KVM.
 ///
@@ -41,6 +43,15 @@ pub struct Args {
     /// size=S (512M), mergeable=on|off, shared=on|off, hugepages=on|off (all off)
     #[argh(option, arg_name = "list", default = "String::new()")]
     pub memory: String,
+
+    /// path=FILE, readonly=on|off, direct=on|off (off), num_queues=N (1), queue_size=N (128),
+    /// image_type=raw|qcow2 (found out), serial=TEXT, id=NAME; one list a disk
+    #[argh(option, arg_name = "list")]
+    pub disk: Vec<String>,
+
+    /// src=FILE (/dev/urandom): entropy; the device is always there
+    #[argh(option, arg_name = "list", default = "String::new()")]
+    pub rng: String,
 
     /// COM1: off, null (default), tty, or file=PATH
     #[argh(option, arg_name = "mode", default = "\"null\".into()")]
@@ -84,7 +95,6 @@ const NOT_BUILT: &[&str] = &[
     "balloon",
     "debug-console",
     "device",
-    "disk",
     "event-monitor",
     "firmware",
     "fs",
@@ -100,7 +110,6 @@ const NOT_BUILT: &[&str] = &[
     "pvpanic",
     "rate-limit-group",
     "restore",
-    "rng",
     "tpm",
     "user-device",
     "vdpa",
@@ -110,7 +119,7 @@ const NOT_BUILT: &[&str] = &[
 
 /// Reads the words after the program's name.
 pub fn parse(words: &[String]) -> Parsed {
-    let words = split_equals(words);
+    let words = repeat_lists(&split_equals(words));
     for word in &words {
         if let Some(name) = word.strip_prefix("--")
             && NOT_BUILT.contains(&name)
@@ -153,6 +162,40 @@ fn split_equals(words: &[String]) -> Vec<String> {
     out
 }
 
+/// `--disk a b` becomes `--disk a --disk b`, and an option whose default serves gets an empty value
+/// where it has none.
+fn repeat_lists(words: &[String]) -> Vec<String> {
+    let is_option = |word: &String| word.starts_with('-');
+    let mut out = Vec::with_capacity(words.len());
+    let mut words = words.iter().peekable();
+    while let Some(word) = words.next() {
+        out.push(word.clone());
+        match word.as_str() {
+            "--disk" => {
+                out.push(
+                    words
+                        .next_if(|w| !is_option(w))
+                        .cloned()
+                        .unwrap_or_default(),
+                );
+                while let Some(value) = words.next_if(|w| !is_option(w)) {
+                    out.extend([word.clone(), value.clone()]);
+                }
+            }
+            "--rng" | "--cpus" | "--memory" => {
+                out.push(
+                    words
+                        .next_if(|w| !is_option(w))
+                        .cloned()
+                        .unwrap_or_default(),
+                );
+            }
+            _ => out.extend(words.next_if(|w| !is_option(w)).cloned()),
+        }
+    }
+    out
+}
+
 impl Args {
     /// The VM that the options describe.
     pub fn vm_config(&self) -> Result<VmConfig> {
@@ -172,6 +215,12 @@ impl Args {
             memory: MemoryConfig::parse(&self.memory)?,
             payload,
             serial: ConsoleConfig::parse("--serial", &self.serial)?,
+            disks: self
+                .disk
+                .iter()
+                .map(|text| DiskConfig::parse(text))
+                .collect::<Result<_, _>>()?,
+            rng: RngConfig::parse(&self.rng)?,
         })
     }
 }
@@ -220,9 +269,43 @@ mod tests {
 
     #[test]
     fn wrong_words_give_one_line() {
-        for line in ["--krenel k", "--kernel", "stray", "--cpus"] {
+        for line in ["--krenel k", "--kernel", "stray", "--serial"] {
             let text = wrong(line);
             assert!(!text.contains('\n'), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn several_disks_after_one_flag_and_flags_without_a_value() {
+        let line =
+            "--kernel k --disk path=a path=b,readonly=on -v --disk path=c --rng --cpus --memory";
+        let Parsed::Run(args) = parse(&words(line)) else {
+            panic!("refused");
+        };
+        let config = args.vm_config().unwrap();
+        let paths: Vec<_> = config
+            .disks
+            .iter()
+            .map(|d| d.path.to_str().unwrap())
+            .collect();
+        assert_eq!(paths, ["a", "b", "c"]);
+        assert_eq!(args.verbosity, 1);
+        assert_eq!(config.rng, RngConfig::default());
+        assert_eq!(config.cpus, CpusConfig::default());
+    }
+
+    #[test]
+    fn a_disk_without_its_path_is_said_so() {
+        for line in [
+            "--kernel k --disk",
+            "--kernel k --disk -v",
+            "--disk readonly=on",
+        ] {
+            let Parsed::Run(args) = parse(&words(line)) else {
+                panic!("{line}");
+            };
+            let error = args.vm_config().unwrap_err().to_string();
+            assert_eq!(error, "--disk: path is missing", "{line}");
         }
     }
 

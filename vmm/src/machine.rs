@@ -97,8 +97,11 @@ impl Machine {
             // Ids up to 253 need no more than an APIC has without it.
             log::info!("{}", crate::error_chain(&e));
         }
-        let devices = DeviceManager::new(&vm, config, output, events)?;
-        let vcpus = boot::prepare(hypervisor, vm.as_ref(), config, memory.memory(), &devices)?;
+        let supported = hypervisor.supported_cpuid()?;
+        let address_bits = arch::cpuid::address_bits(&supported);
+        let devices =
+            DeviceManager::new(&vm, config, memory.memory(), address_bits, output, events)?;
+        let vcpus = boot::prepare(vm.as_ref(), &supported, config, memory.memory(), &devices)?;
         Ok(Self {
             cpus: None,
             vcpus,

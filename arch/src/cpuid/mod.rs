@@ -105,6 +105,16 @@ pub fn build(supported: &[CpuidEntry], identity: &CpuIdentity) -> Vec<CpuidEntry
     leaves.into_entries()
 }
 
+/// Width in bits of the guest's physical addresses, from leaf 0x8000_0008: 36 to 52. Where the leaf is missing, 36, which
+/// every processor with long mode has (Intel SDM volume 3, section 4.1.4).
+pub fn address_bits(supported: &[CpuidEntry]) -> u8 {
+    let told = supported
+        .iter()
+        .find(|leaf| leaf.function == 0x8000_0008)
+        .map_or(0, |leaf| leaf.eax & 0xff);
+    u8::try_from(told.clamp(36, 52)).unwrap_or(36)
+}
+
 fn features(leaves: &mut Leaves, identity: &CpuIdentity, levels: &Levels, amd: bool) {
     let logical = levels.per_package;
     leaves.change(1, |leaf| {

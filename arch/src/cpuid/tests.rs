@@ -332,3 +332,16 @@ fn leaves_are_sorted_and_odd_topologies_do_no_harm() {
         }
     }
 }
+
+#[test]
+fn address_bits_are_told_by_the_processor_within_reason() {
+    let leaf = |eax| CpuidEntry {
+        function: 0x8000_0008,
+        eax,
+        ..CpuidEntry::default()
+    };
+    assert_eq!(address_bits(&[leaf(0x3030_3930)]), 48);
+    assert_eq!(address_bits(&[leaf(0xff)]), 52);
+    assert_eq!(address_bits(&[leaf(0)]), 36);
+    assert_eq!(address_bits(&[]), 36);
+}

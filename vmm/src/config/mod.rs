@@ -5,13 +5,17 @@
 
 mod console;
 mod cpus;
+mod disk;
 mod memory;
 mod payload;
+mod rng;
 
 pub use console::{ConsoleConfig, ConsoleMode};
 pub use cpus::{CpuTopologyConfig, CpusConfig};
+pub use disk::{DiskConfig, ImageType};
 pub use memory::MemoryConfig;
 pub use payload::PayloadConfig;
+pub use rng::RngConfig;
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -53,6 +57,10 @@ pub struct VmConfig {
     pub payload: Option<PayloadConfig>,
     /// COM1.
     pub serial: ConsoleConfig,
+    /// Disks, in the order in which the guest finds them.
+    pub disks: Vec<DiskConfig>,
+    /// Entropy.
+    pub rng: RngConfig,
 }
 
 impl VmConfig {
@@ -66,7 +74,19 @@ impl VmConfig {
                 "missing; a VM needs a kernel or firmware to boot",
             ));
         };
-        payload.validate()
+        payload.validate()?;
+        for disk in &self.disks {
+            disk.validate()?;
+        }
+        let mut ids: Vec<&str> = self.disks.iter().filter_map(|d| d.id.as_deref()).collect();
+        ids.sort_unstable();
+        if let Some([id, _]) = ids.array_windows().find(|[a, b]| a == b) {
+            return Err(ConfigError::value(
+                "--disk",
+                format!("id={id} is given to two disks"),
+            ));
+        }
+        Ok(())
     }
 }
 
@@ -90,6 +110,8 @@ mod tests {
                 ..PayloadConfig::default()
             }),
             serial: ConsoleConfig::parse("--serial", "file=/tmp/out").unwrap(),
+            disks: vec![DiskConfig::parse("path=/d,id=a").unwrap()],
+            rng: RngConfig::parse("src=/dev/random").unwrap(),
         };
         let text = serde_json::to_string(&config).unwrap();
         assert_eq!(serde_json::from_str::<VmConfig>(&text).unwrap(), config);
@@ -97,8 +119,23 @@ mod tests {
     }
 
     #[test]
+    fn two_disks_cannot_share_an_id() {
+        let disk = |text| DiskConfig::parse(text).unwrap();
+        let config = VmConfig {
+            payload: Some(PayloadConfig {
+                kernel: "/k".into(),
+                ..PayloadConfig::default()
+            }),
+            disks: vec![disk("path=/d,id=a"), disk("path=/e"), disk("path=/f,id=a")],
+            ..VmConfig::default()
+        };
+        let error = config.validate().unwrap_err().to_string();
+        assert_eq!(error, "--disk: id=a is given to two disks");
+    }
+
+    #[test]
     fn unknown_fields_are_refused() {
-        let error = serde_json::from_str::<VmConfig>(r#"{"disks": []}"#).unwrap_err();
-        assert!(error.to_string().contains("disks"), "{error}");
+        let error = serde_json::from_str::<VmConfig>(r#"{"disk": []}"#).unwrap_err();
+        assert!(error.to_string().contains("`disk`"), "{error}");
     }
 }

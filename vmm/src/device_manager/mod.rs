@@ -2,6 +2,8 @@
 
 mod interrupts;
 mod legacy;
+mod pci;
+mod virtio;
 
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -22,7 +24,9 @@ use crate::console::Output;
 use crate::cpu_manager::ExitRoutes;
 use crate::event::EventSender;
 
-use interrupts::KvmInterrupts;
+use self::interrupts::{IoapicInterrupts, Routing};
+use self::pci::Pci;
+use self::virtio::{Memory, VirtioHost};
 
 /// What can go wrong in making devices.
 #[derive(Debug, Error)]
@@ -45,6 +49,21 @@ pub enum DeviceError {
         #[source]
         source: AllocatorError,
     },
+    /// A device cannot be on the PCI bus.
+    #[error("putting the {name} on the PCI bus")]
+    Pci {
+        /// The device.
+        name: String,
+        /// Why not.
+        #[source]
+        source: ::pci::PciBusError,
+    },
+    /// A virtio device cannot be behind its transport.
+    #[error(transparent)]
+    Transport(#[from] virtio_devices::transport::pci::TransportError),
+    /// The source of entropy.
+    #[error("--rng")]
+    Rng(#[from] virtio_devices::RngError),
     /// An eventfd could not be had.
     #[error("making the {name}")]
     Event {
@@ -56,6 +75,11 @@ pub enum DeviceError {
     },
 }
 
+/// The end of the 32-bit devices' space is for registers that ACPI tells of; the rest is for PCI.
+const REGISTERS_SIZE: u64 = 1 << 20;
+const REGISTERS_START: u64 =
+    layout::DEVICES_32BIT_START + layout::DEVICES_32BIT_SIZE - REGISTERS_SIZE;
+
 /// The devices of one VM, and the buses that lead to them.
 pub struct DeviceManager {
     ports: Arc<Bus>,
@@ -64,19 +88,24 @@ pub struct DeviceManager {
     serial: Option<Arc<Mutex<Serial>>>,
     serial_room: EventFd,
     ged: arch::acpi::Ged,
+    pci: Pci,
 }
 
 impl DeviceManager {
-    /// Makes the devices that `config` asks for. `output` is the host's end of COM1.
+    /// Makes the devices that `config` asks for. `ram` is the guest's memory, `address_bits` is the width of the guest's physical
+    /// addresses, `output` the host's end of COM1.
     pub fn new(
         vm: &Arc<dyn Vm>,
         config: &VmConfig,
+        ram: &Memory,
+        address_bits: u8,
         output: Option<Output>,
         events: &EventSender,
     ) -> Result<Self, DeviceError> {
         let ports = Arc::new(Bus::default());
         let memory = Arc::new(Bus::default());
-        let ioapic = Arc::new(Ioapic::new(Arc::new(KvmInterrupts::new(vm.clone()))));
+        let routing = Routing::new(vm.clone());
+        let ioapic = Arc::new(Ioapic::new(Arc::new(IoapicInterrupts(routing.clone()))));
         place(
             &memory,
             "IOAPIC",
@@ -95,31 +124,21 @@ impl DeviceManager {
         }
         legacy::fixed(&ports, config.memory.size, events)?;
 
-        let mut window =
-            AddressAllocator::new(layout::DEVICES_32BIT_START, layout::DEVICES_32BIT_SIZE)
-                .map_err(|source| DeviceError::Allocate {
-                    name: "32-bit devices",
-                    source,
-                })?;
-        // Below are the ISA interrupts, which have their places.
-        let mut interrupts =
-            IdAllocator::new(legacy::FIRST_FREE_PIN, u32::from(devices::ioapic::PINS) - 1);
-        let name = "generic event device";
-        let allocate = |source| DeviceError::Allocate { name, source };
-        let ged = arch::acpi::Ged {
-            address: window
-                .allocate(arch::acpi::registers::ged::SIZE, 0x1000)
-                .map_err(allocate)?,
-            gsi: interrupts.allocate().map_err(allocate)?,
-        };
-        let line = ioapic.line(u8::try_from(ged.gsi).unwrap_or(u8::MAX));
-        place(
+        let ged = ged(&memory, &ioapic)?;
+        let ram_end = layout::ram_regions(config.memory.size)
+            .last()
+            .map_or(0, |(start, size)| start.0 + size);
+        let pci = Pci::new(
+            &ports,
             &memory,
-            name,
-            ged.address,
-            arch::acpi::registers::ged::SIZE,
-            Arc::new(Mutex::new(Ged::new(line))),
+            layout::DEVICES_32BIT_START..=REGISTERS_START - 1,
+            ram_end,
+            1 << address_bits,
         )?;
+
+        VirtioHost::new(vm.clone(), routing, ram.clone(), events)
+            .map_err(event_error("virtio devices"))?
+            .add_all(&pci, config)?;
 
         Ok(Self {
             ports,
@@ -128,6 +147,7 @@ impl DeviceManager {
             serial,
             serial_room,
             ged,
+            pci,
         })
     }
 
@@ -145,6 +165,7 @@ impl DeviceManager {
     pub fn describe(&self, acpi: &mut AcpiConfig) {
         acpi.ged = Some(self.ged);
         acpi.serial = self.serial.as_ref().map(|_| legacy::SERIAL);
+        acpi.pci = Some(self.pci.describe());
     }
 
     /// Types `bytes` at the serial port; how many it took.
@@ -173,6 +194,38 @@ impl DeviceManager {
                 .output_ready();
         }
     }
+}
+
+impl Drop for DeviceManager {
+    /// Ends the threads of virtio devices.
+    fn drop(&mut self) {
+        self.pci.clear();
+    }
+}
+
+/// Makes the generic event device and tells where it is.
+fn ged(memory: &Bus, ioapic: &Arc<Ioapic>) -> Result<arch::acpi::Ged, DeviceError> {
+    let name = "generic event device";
+    let allocate = |source| DeviceError::Allocate { name, source };
+    let mut registers = AddressAllocator::new(REGISTERS_START, REGISTERS_SIZE).map_err(allocate)?;
+    // Below are the ISA interrupts, which have their places.
+    let last_pin = u32::from(devices::ioapic::PINS) - 1;
+    let mut pins = IdAllocator::new(legacy::FIRST_FREE_PIN, last_pin);
+    let ged = arch::acpi::Ged {
+        address: registers
+            .allocate(arch::acpi::registers::ged::SIZE, 0x1000)
+            .map_err(allocate)?,
+        gsi: pins.allocate().map_err(allocate)?,
+    };
+    let line = ioapic.line(u8::try_from(ged.gsi).unwrap_or(u8::MAX));
+    place(
+        memory,
+        name,
+        ged.address,
+        arch::acpi::registers::ged::SIZE,
+        Arc::new(Mutex::new(Ged::new(line))),
+    )?;
+    Ok(ged)
 }
 
 fn place(

@@ -9,7 +9,7 @@ use arch::cpuid::{CpuIdentity, Topology};
 use arch::mptable;
 use arch::smbios::{self, SmbiosConfig};
 use hypervisor::x86::{CpuidEntry, MsrEntry};
-use hypervisor::{Hypervisor, Vcpu, Vm};
+use hypervisor::{Vcpu, Vm};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 
 use super::MachineError;
@@ -18,8 +18,8 @@ use crate::device_manager::DeviceManager;
 
 /// Loads the payload, writes the tables, and makes the vCPUs that will run it.
 pub(super) fn prepare(
-    hypervisor: &dyn Hypervisor,
     vm: &dyn Vm,
+    supported: &[CpuidEntry],
     config: &VmConfig,
     memory: &GuestMemoryAtomic<GuestMemoryMmap>,
     devices: &DeviceManager,
@@ -30,11 +30,10 @@ pub(super) fn prepare(
     let rsdp = write_tables(&config.cpus, memory, devices)?;
     loaded.write_boot_data(memory, Some(rsdp))?;
 
-    let supported = hypervisor.supported_cpuid()?;
     let mut vcpus = Vec::with_capacity(config.cpus.boot.into());
     for id in 0..u32::from(config.cpus.boot) {
         let vcpu = vm.create_vcpu(id)?;
-        set_up(vcpu.as_ref(), &supported, &config.cpus, &loaded)?;
+        set_up(vcpu.as_ref(), supported, &config.cpus, &loaded)?;
         vcpus.push(vcpu);
     }
     Ok(vcpus)
