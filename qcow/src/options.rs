@@ -202,7 +202,8 @@ impl CreateOptions {
         self
     }
 
-    /// Puts guest data into `path`, which is made. A relative path counts from the new image's directory.
+    /// Puts guest data into `path`, which is made. A relative path counts from the new image's directory here, as that of a backing file
+    /// does; QEMU takes it from the directory that it runs in, so an absolute path suits both.
     #[must_use]
     pub fn data_file(mut self, path: impl AsRef<Path>) -> Self {
         self.data_file = Some(path.as_ref().to_owned());
