@@ -7,7 +7,8 @@ use std::path::Path;
 
 use common::{Random, Verdict, assert_same, qemu_check, qemu_img, qemu_io, qemu_read};
 use qcow::{
-    Compression, Convert, CreateOptions, Error, ExtentKind, Format, Image, OpenOptions, Repair, Shrink, check, commit, info,
+    Compression, Convert, CreateOptions, Error, ExtentKind, Format, Image, OpenOptions, Repair,
+    Shrink, check, commit, info,
 };
 
 const SIZE: u64 = (5 << 20) + 512;
@@ -19,7 +20,14 @@ fn read_all(image: &Image) -> Vec<u8> {
 }
 
 fn open(path: &Path) -> Image {
-    Image::open(path, &OpenOptions::new().write(true).follow_backing(true).follow_data_file(true)).unwrap()
+    Image::open(
+        path,
+        &OpenOptions::new()
+            .write(true)
+            .follow_backing(true)
+            .follow_data_file(true),
+    )
+    .unwrap()
 }
 
 fn s(path: &Path) -> &str {
@@ -36,8 +44,11 @@ fn compressed_by_us_and_read_by_qemu() {
                 }
                 let dir = tempfile::tempdir().unwrap();
                 let path = dir.path().join("disk.qcow2");
-                let o = CreateOptions::new(SIZE).cluster_size(cluster).compression(compression);
-                let image = Image::create(&path, &o.refcount_bits(bits).extended_l2(extended)).unwrap();
+                let o = CreateOptions::new(SIZE)
+                    .cluster_size(cluster)
+                    .compression(compression);
+                let image =
+                    Image::create(&path, &o.refcount_bits(bits).extended_l2(extended)).unwrap();
                 let mut model = Random::new(cluster).bytes(SIZE as usize);
                 let end = (SIZE / 2 / cluster) as usize * cluster as usize;
                 model[..end].fill(0);
@@ -53,7 +64,10 @@ fn compressed_by_us_and_read_by_qemu() {
                 assert_eq!(qemu_check(&path), Verdict::Clean, "{what}");
                 assert_same(&qemu_read(&path), &model, &what);
                 let report = check(&path, Repair::Nothing).unwrap();
-                assert!(report.compressed_clusters > 0 || cluster == 2 << 20, "{what}");
+                assert!(
+                    report.compressed_clusters > 0 || cluster == 2 << 20,
+                    "{what}"
+                );
             }
         }
     }
@@ -68,7 +82,18 @@ fn compressed_by_qemu_and_read_by_us() {
             let mut model = Random::new(cluster).bytes(SIZE as usize);
             std::fs::write(&raw, &model).unwrap();
             let o = format!("cluster_size={cluster},compression_type={kind}");
-            qemu_img(&["convert", "-c", "-f", "raw", "-O", "qcow2", "-o", &o, s(&raw), s(&path)]);
+            qemu_img(&[
+                "convert",
+                "-c",
+                "-f",
+                "raw",
+                "-O",
+                "qcow2",
+                "-o",
+                &o,
+                s(&raw),
+                s(&path),
+            ]);
             let image = open(&path);
             assert_same(&read_all(&image), &model, "read");
             image.write_at(&[9; 5000], 1_000_000).unwrap();
@@ -88,7 +113,13 @@ fn data_files_both_ways() {
     for raw in [false, true] {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("ours.qcow2");
-        let image = Image::create(&path, &CreateOptions::new(SIZE).data_file(dir.path().join("ours.data")).raw_data_file(raw)).unwrap();
+        let image = Image::create(
+            &path,
+            &CreateOptions::new(SIZE)
+                .data_file(dir.path().join("ours.data"))
+                .raw_data_file(raw),
+        )
+        .unwrap();
         let mut model = vec![0; SIZE as usize];
         let mut random = Random::new(3);
         for i in 0..30 {
@@ -109,18 +140,41 @@ fn data_files_both_ways() {
         assert_eq!(qemu_check(&path), Verdict::Clean);
         assert_same(&qemu_read(&path), &model, "as QEMU reads it");
         if raw {
-            assert_same(&std::fs::read(dir.path().join("ours.data")).unwrap(), &model, "the data file alone");
+            assert_same(
+                &std::fs::read(dir.path().join("ours.data")).unwrap(),
+                &model,
+                "the data file alone",
+            );
         }
         let refused = Image::open(&path, &OpenOptions::new()).unwrap_err();
-        assert!(matches!(refused, Error::NotAllowed { kind: "data file", .. }), "{refused}");
+        assert!(
+            matches!(
+                refused,
+                Error::NotAllowed {
+                    kind: "data file",
+                    ..
+                }
+            ),
+            "{refused}"
+        );
         let path = dir.path().join("relative.qcow2");
         drop(Image::create(&path, &CreateOptions::new(SIZE).data_file("relative.data")).unwrap());
-        assert!(dir.path().join("relative.data").exists(), "in the image's directory");
+        assert!(
+            dir.path().join("relative.data").exists(),
+            "in the image's directory"
+        );
 
         let path = dir.path().join("theirs.qcow2");
-        let o = format!("data_file={},data_file_raw={}", s(&dir.path().join("theirs.data")), if raw { "on" } else { "off" });
+        let o = format!(
+            "data_file={},data_file_raw={}",
+            s(&dir.path().join("theirs.data")),
+            if raw { "on" } else { "off" }
+        );
         qemu_img(&["create", "-q", "-f", "qcow2", "-o", &o, s(&path), "4M"]);
-        qemu_io(&path, &["write -P 3 100k 1M".into(), "write -z 200k 100k".into()]);
+        qemu_io(
+            &path,
+            &["write -P 3 100k 1M".into(), "write -z 200k 100k".into()],
+        );
         let image = open(&path);
         let mut model = qemu_read(&path);
         assert_same(&read_all(&image), &model, "theirs");
@@ -137,14 +191,33 @@ fn backing_chains_are_followed_only_on_demand_and_never_in_circles() {
     let dir = tempfile::tempdir().unwrap();
     let d = |n: &str| dir.path().join(n);
     std::fs::write(d("raw"), vec![1; 1 << 20]).unwrap();
-    let middle = Image::create(d("middle"), &CreateOptions::new(2 << 20).backing("raw", "raw")).unwrap();
+    let middle = Image::create(
+        d("middle"),
+        &CreateOptions::new(2 << 20).backing("raw", "raw"),
+    )
+    .unwrap();
     middle.write_at(&[2; 1000], 500_000).unwrap();
     middle.close().unwrap();
-    let top = Image::create(d("top"), &CreateOptions::new(3 << 20).backing("middle", "qcow2").extended_l2(true)).unwrap();
+    let top = Image::create(
+        d("top"),
+        &CreateOptions::new(3 << 20)
+            .backing("middle", "qcow2")
+            .extended_l2(true),
+    )
+    .unwrap();
     top.write_at(&[3; 10], 500_100).unwrap();
     top.write_zeroes(0, 65536).unwrap();
     let content = read_all(&top);
-    assert_eq!((content[0], content[65536], content[500_000], content[500_100], content[500_110]), (0, 1, 2, 3, 2));
+    assert_eq!(
+        (
+            content[0],
+            content[65536],
+            content[500_000],
+            content[500_100],
+            content[500_110]
+        ),
+        (0, 1, 2, 3, 2)
+    );
     assert_eq!((content[(1 << 20) - 1], content[1 << 20]), (1, 0));
     let mut depths = Vec::new();
     top.map(0, 3 << 20, |e| {
@@ -158,12 +231,30 @@ fn backing_chains_are_followed_only_on_demand_and_never_in_circles() {
     assert_same(&qemu_read(&d("top")), &content, "as QEMU reads it");
 
     let refused = Image::open(d("top"), &OpenOptions::new()).unwrap_err();
-    assert!(matches!(&refused, Error::NotAllowed { name, .. } if name == "middle"), "{refused}");
-    assert_eq!(info(d("top")).unwrap().header.backing_name.as_deref(), Some(&b"middle"[..]));
+    assert!(
+        matches!(&refused, Error::NotAllowed { name, .. } if name == "middle"),
+        "{refused}"
+    );
+    assert_eq!(
+        info(d("top")).unwrap().header.backing_name.as_deref(),
+        Some(&b"middle"[..])
+    );
 
     // middle <- loop <- middle
     std::fs::remove_file(d("middle")).unwrap();
-    qemu_img(&["create", "-q", "-u", "-f", "qcow2", "-b", "top", "-F", "qcow2", s(&d("middle")), "1M"]);
+    qemu_img(&[
+        "create",
+        "-q",
+        "-u",
+        "-f",
+        "qcow2",
+        "-b",
+        "top",
+        "-F",
+        "qcow2",
+        s(&d("middle")),
+        "1M",
+    ]);
     let refused = Image::open(d("top"), &OpenOptions::new().follow_backing(true)).unwrap_err();
     let text = format!("{refused:?}");
     assert!(text.contains("own chain"), "{text}");
@@ -175,13 +266,25 @@ fn sizes_grow_and_shrink() {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("base"), vec![5; 2 << 20]).unwrap();
         let path = dir.path().join("disk.qcow2");
-        let image = Image::create(&path, &CreateOptions::new(1 << 20).cluster_size(cluster).backing("base", "raw")).unwrap();
+        let image = Image::create(
+            &path,
+            &CreateOptions::new(1 << 20)
+                .cluster_size(cluster)
+                .backing("base", "raw"),
+        )
+        .unwrap();
         image.resize((3 << 20) + 100, Shrink::IfFree).unwrap();
         let content = read_all(&image);
         assert!(content[..1 << 20].iter().all(|b| *b == 5));
-        assert!(content[1 << 20..].iter().all(|b| *b == 0), "what the backing file has past the old end stays hidden");
+        assert!(
+            content[1 << 20..].iter().all(|b| *b == 0),
+            "what the backing file has past the old end stays hidden"
+        );
         image.write_at(&[6; 100], 3 << 20).unwrap();
-        assert!(matches!(image.resize(3 << 20, Shrink::IfFree), Err(Error::Invalid(_))));
+        assert!(matches!(
+            image.resize(3 << 20, Shrink::IfFree),
+            Err(Error::Invalid(_))
+        ));
         assert_eq!(image.len(), (3 << 20) + 100);
         image.resize(1000, Shrink::Discard).unwrap();
         image.resize(200_000, Shrink::IfFree).unwrap();
@@ -192,7 +295,10 @@ fn sizes_grow_and_shrink() {
         image.write_at(b"end", (1 << 33) - 3).unwrap();
         image.close().unwrap();
         assert_eq!(qemu_check(&path), Verdict::Clean, "{cluster}");
-        assert!(matches!(open(&path).resize(u64::MAX, Shrink::IfFree), Err(Error::Limit(_))));
+        assert!(matches!(
+            open(&path).resize(u64::MAX, Shrink::IfFree),
+            Err(Error::Limit(_))
+        ));
     }
 }
 
@@ -202,7 +308,8 @@ fn commit_moves_everything_down() {
         let dir = tempfile::tempdir().unwrap();
         let (base, path) = (dir.path().join("base"), dir.path().join("top.qcow2"));
         qemu_img(&["create", "-q", "-f", format, s(&base), "2M"]);
-        let top = Image::create(&path, &CreateOptions::new(3 << 20).backing("base", format)).unwrap();
+        let top =
+            Image::create(&path, &CreateOptions::new(3 << 20).backing("base", format)).unwrap();
         top.write_at(&[1; 300_000], 100_000).unwrap();
         top.write_at(&[2; 100], (3 << 20) - 100).unwrap();
         top.write_zeroes(200_000, 131_072).unwrap();
@@ -212,11 +319,18 @@ fn commit_moves_everything_down() {
         commit(&path, &OpenOptions::new(), &mut |_, _| steps += 1).unwrap();
         assert!(steps > 0);
         let report = check(&path, Repair::Nothing).unwrap();
-        assert_eq!((report.allocated_clusters, report.leaks, report.corruptions), (0, 0, 0));
+        assert_eq!(
+            (report.allocated_clusters, report.leaks, report.corruptions),
+            (0, 0, 0)
+        );
         assert_same(&read_all(&open(&path)), &content, "through the empty image");
         let raw = dir.path().join("raw");
         qemu_img(&["convert", "-f", format, "-O", "raw", s(&base), s(&raw)]);
-        assert_same(&std::fs::read(raw).unwrap(), &content, "in the backing file");
+        assert_same(
+            &std::fs::read(raw).unwrap(),
+            &content,
+            "in the backing file",
+        );
         assert_eq!(qemu_check(&path), Verdict::Clean);
     }
 }
@@ -228,9 +342,11 @@ fn conversion_both_ways() {
     let mut model = Random::new(8).bytes(SIZE as usize);
     model[1_000_000..3_000_000].fill(0);
     std::fs::write(d("raw"), &model).unwrap();
-    for (name, compression, compress) in
-        [("plain", Compression::Zlib, false), ("zlib", Compression::Zlib, true), ("zstd", Compression::Zstd, true)]
-    {
+    for (name, compression, compress) in [
+        ("plain", Compression::Zlib, false),
+        ("zlib", Compression::Zlib, true),
+        ("zstd", Compression::Zstd, true),
+    ] {
         let mut last = 0;
         let options = CreateOptions::new(0).compression(compression);
         Convert::new(Format::Raw)
@@ -246,12 +362,20 @@ fn conversion_both_ways() {
         assert_eq!(qemu_check(&d(name)), Verdict::Clean);
         assert_same(&qemu_read(&d(name)), &model, name);
         let back = d("back");
-        Convert::new(Format::Qcow2).replace(true).run(d(name), &back, &mut |_, _| ()).unwrap();
+        Convert::new(Format::Qcow2)
+            .replace(true)
+            .run(d(name), &back, &mut |_, _| ())
+            .unwrap();
         assert_same(&std::fs::read(&back).unwrap(), &model, "and back");
     }
-    assert!(std::fs::metadata(d("zstd")).unwrap().len() < std::fs::metadata(d("plain")).unwrap().len());
+    assert!(
+        std::fs::metadata(d("zstd")).unwrap().len() < std::fs::metadata(d("plain")).unwrap().len()
+    );
     let exists = Convert::new(Format::Qcow2).run(d("plain"), d("back"), &mut |_, _| ());
-    assert!(matches!(exists, Err(Error::Open { .. })), "an existing file is not replaced");
+    assert!(
+        matches!(exists, Err(Error::Open { .. })),
+        "an existing file is not replaced"
+    );
 }
 
 #[test]
@@ -263,11 +387,23 @@ fn bitmaps_of_qemu_are_listed_counted_and_called_stale_once_we_write() {
     qemu_io(&path, &["write -P 1 1M 1M".into()]);
     let image = Image::open(&path, &OpenOptions::new()).unwrap();
     let bitmaps = image.bitmaps().unwrap();
-    assert_eq!((bitmaps.len(), bitmaps[0].name.as_str(), bitmaps[0].granularity), (1, "backup", 65536));
+    assert_eq!(
+        (
+            bitmaps.len(),
+            bitmaps[0].name.as_str(),
+            bitmaps[0].granularity
+        ),
+        (1, "backup", 65536)
+    );
     assert!(bitmaps[0].auto && !bitmaps[0].inconsistent);
     drop(image);
     let report = check(&path, Repair::Nothing).unwrap();
-    assert_eq!((report.corruptions, report.leaks), (0, 0), "{:?}", report.findings);
+    assert_eq!(
+        (report.corruptions, report.leaks),
+        (0, 0),
+        "{:?}",
+        report.findings
+    );
     // Reading and closing a writable image changes nothing.
     let before = std::fs::read(&path).unwrap();
     drop(open(&path));
@@ -275,10 +411,19 @@ fn bitmaps_of_qemu_are_listed_counted_and_called_stale_once_we_write() {
     let image = open(&path);
     image.write_at(&[2; 512], 0).unwrap();
     image.close().unwrap();
-    let bitmaps = Image::open(&path, &OpenOptions::new()).unwrap().bitmaps().unwrap();
-    assert!(bitmaps[0].inconsistent, "nobody may use the bitmap for an incremental backup now");
+    let bitmaps = Image::open(&path, &OpenOptions::new())
+        .unwrap()
+        .bitmaps()
+        .unwrap();
+    assert!(
+        bitmaps[0].inconsistent,
+        "nobody may use the bitmap for an incremental backup now"
+    );
     let text = qemu_img(&["info", "--output=json", s(&path)]);
-    assert!(!text.contains("\"backup\"") || text.contains("in-use"), "{text}");
+    assert!(
+        !text.contains("\"backup\"") || text.contains("in-use"),
+        "{text}"
+    );
     assert!(matches!(qemu_check(&path), Verdict::Clean | Verdict::Leaks));
 }
 
@@ -306,10 +451,18 @@ fn leaks_and_wrong_refcounts_are_repaired() {
     bytes[block..block + 65536].fill(0);
     std::fs::write(&path, &bytes).unwrap();
     let report = check(&path, Repair::Leaks).unwrap();
-    assert!(report.corruptions > 0 && report.corruptions_fixed == 0, "leaks alone do not cover this");
+    assert!(
+        report.corruptions > 0 && report.corruptions_fixed == 0,
+        "leaks alone do not cover this"
+    );
     assert!(check(&path, Repair::All).unwrap().corruptions_fixed > 0);
     let report = check(&path, Repair::Nothing).unwrap();
-    assert_eq!((report.corruptions, report.leaks), (0, 0), "{:?}", report.findings);
+    assert_eq!(
+        (report.corruptions, report.leaks),
+        (0, 0),
+        "{:?}",
+        report.findings
+    );
     assert_eq!(qemu_check(&path), Verdict::Clean);
     assert_same(&qemu_read(&path), &content, "after repair");
 }
@@ -318,14 +471,41 @@ fn leaks_and_wrong_refcounts_are_repaired() {
 fn a_dirty_image_of_qemu_is_repaired_as_it_is_opened() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("disk.qcow2");
-    qemu_img(&["create", "-q", "-f", "qcow2", "-o", "lazy_refcounts=on", s(&path), "8M"]);
+    qemu_img(&[
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-o",
+        "lazy_refcounts=on",
+        s(&path),
+        "8M",
+    ]);
     // Without closing it: abort.
-    let mut args = vec!["-f", "qcow2", "-c", "write -P 7 0 3M", "-c", "flush", "-c", "abort"];
+    let mut args = vec![
+        "-f",
+        "qcow2",
+        "-c",
+        "write -P 7 0 3M",
+        "-c",
+        "flush",
+        "-c",
+        "abort",
+    ];
     args.push(s(&path));
-    std::process::Command::new("qemu-io").args(&args).output().unwrap();
+    std::process::Command::new("qemu-io")
+        .args(&args)
+        .output()
+        .unwrap();
     assert!(check(&path, Repair::Nothing).unwrap().dirty);
-    assert!(Image::open(&path, &OpenOptions::new()).is_ok(), "reading needs no refcounts");
-    assert!(info(&path).unwrap().header.dirty(), "reading repairs nothing");
+    assert!(
+        Image::open(&path, &OpenOptions::new()).is_ok(),
+        "reading needs no refcounts"
+    );
+    assert!(
+        info(&path).unwrap().header.dirty(),
+        "reading repairs nothing"
+    );
     let image = open(&path);
     assert!(read_all(&image)[..3 << 20].iter().all(|b| *b == 7));
     image.write_at(&[8; 100_000], 2 << 20).unwrap();
@@ -352,12 +532,25 @@ fn info_and_map_agree_with_qemu() {
         .unwrap();
     image.close().unwrap();
     let summary = info(&path).unwrap();
-    assert_eq!((summary.cluster_size(), summary.refcount_bits(), summary.snapshots.len()), (4096, 16, 1));
+    assert_eq!(
+        (
+            summary.cluster_size(),
+            summary.refcount_bits(),
+            summary.snapshots.len()
+        ),
+        (4096, 16, 1)
+    );
     let text = qemu_img(&["info", "--output=json", s(&path)]);
-    assert!(text.contains("\"name\": \"morning\"") && text.contains("\"cluster-size\": 4096"), "{text}");
+    assert!(
+        text.contains("\"name\": \"morning\"") && text.contains("\"cluster-size\": 4096"),
+        "{text}"
+    );
     let theirs = qemu_img(&["map", "--output=json", "-f", "qcow2", s(&path)]);
     for (start, length, at) in data {
         let text = format!("\"start\": {start}, \"length\": {length}, \"depth\": 0");
-        assert!(theirs.contains(&text) && theirs.contains(&format!("\"offset\": {at}")), "{text} is not in {theirs}");
+        assert!(
+            theirs.contains(&text) && theirs.contains(&format!("\"offset\": {at}")),
+            "{text} is not in {theirs}"
+        );
     }
 }

@@ -22,7 +22,10 @@ const LIMIT: u64 = 16 << 20;
 impl Storage for Bounded {
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
         let all = self.read.fetch_add(buf.len() as u64, Ordering::Relaxed);
-        assert!(all < 4 << 30, "an image of some 100 KiB makes us read gigabytes");
+        assert!(
+            all < 4 << 30,
+            "an image of some 100 KiB makes us read gigabytes"
+        );
         self.memory.read_at(buf, offset)
     }
 
@@ -50,7 +53,10 @@ impl Storage for Bounded {
 }
 
 fn bounded(bytes: &[u8]) -> Arc<Bounded> {
-    Arc::new(Bounded { memory: MemStorage::new(bytes.to_vec()), read: AtomicU64::new(0) })
+    Arc::new(Bounded {
+        memory: MemStorage::new(bytes.to_vec()),
+        read: AtomicU64::new(0),
+    })
 }
 
 /// Does everything that can be done to an image; errors are fine.
@@ -61,10 +67,14 @@ fn exercise(bytes: &[u8]) {
     if let Ok(image) = Image::open_storage(Box::new(bounded(bytes)), &OpenOptions::new()) {
         look(&image);
     }
-    if let Ok(image) = Image::open_storage(Box::new(bounded(bytes)), &OpenOptions::new().snapshot("s")) {
+    if let Ok(image) =
+        Image::open_storage(Box::new(bounded(bytes)), &OpenOptions::new().snapshot("s"))
+    {
         look(&image);
     }
-    if let Ok(image) = Image::open_storage(Box::new(bounded(bytes)), &OpenOptions::new().write(true)) {
+    if let Ok(image) =
+        Image::open_storage(Box::new(bounded(bytes)), &OpenOptions::new().write(true))
+    {
         let size = image.len();
         for at in [0, 5000, size / 2, size.saturating_sub(600)] {
             let _ = image.write_at(&[1; 600], at);
@@ -99,16 +109,24 @@ fn look(image: &Image) {
     let _ = image.check();
 }
 
+/// Where tables start, and how long they are.
+type Places = Vec<(usize, usize)>;
+
 /// Images with a bit of everything, small, with the places of their tables.
-fn seeds() -> Vec<(Vec<u8>, Vec<(usize, usize)>)> {
+fn seeds() -> Vec<(Vec<u8>, Places)> {
     let o = CreateOptions::new(300_000);
     let all = [
         o.clone().cluster_size(512),
         o.clone().cluster_size(4096),
         o.clone().cluster_size(1024).version(2),
         o.clone().cluster_size(16384).extended_l2(true),
-        o.clone().cluster_size(512).refcount_bits(64).lazy_refcounts(true),
-        o.cluster_size(4096).refcount_bits(4).compression(qcow::Compression::Zstd),
+        o.clone()
+            .cluster_size(512)
+            .refcount_bits(64)
+            .lazy_refcounts(true),
+        o.cluster_size(4096)
+            .refcount_bits(4)
+            .compression(qcow::Compression::Zstd),
     ];
     let mut seeds = Vec::new();
     for options in all {
@@ -117,20 +135,27 @@ fn seeds() -> Vec<(Vec<u8>, Vec<(usize, usize)>)> {
         let mut random = Random::new(5);
         image.write_at(&random.bytes(40_000), 1000).unwrap();
         let size = image.cluster_size();
-        image.write_compressed_at(&random.bytes(size as usize * 2), 131_072).unwrap();
+        image
+            .write_compressed_at(&random.bytes(size as usize * 2), 131_072)
+            .unwrap();
         image.write_zeroes(200_000, 40_000).unwrap();
         image.create_snapshot("s").unwrap();
         image.write_at(&random.bytes(10_000), 20_000).unwrap();
         let h = image.header();
         image.close().unwrap();
         let bytes = memory.to_vec();
-        let word = |at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap()) & 0x00ff_ffff_ffff_fe00;
+        let word = |at: usize| {
+            u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap()) & 0x00ff_ffff_ffff_fe00
+        };
         let cluster = 1usize << h.cluster_bits;
         let mut places = vec![(0, 112), (0, 112)];
         places.push((h.l1_offset as usize, h.l1_size as usize * 8));
         places.push((h.snapshots_offset as usize, 80));
         places.push((h.refcount_table_offset as usize, 32));
-        places.push((word(h.refcount_table_offset as usize) as usize, cluster.min(512)));
+        places.push((
+            word(h.refcount_table_offset as usize) as usize,
+            cluster.min(512),
+        ));
         for i in 0..h.l1_size as usize {
             let l2 = word(h.l1_offset as usize + i * 8) as usize;
             if l2 != 0 {

@@ -19,13 +19,19 @@ fn read_all(image: &Image) -> Vec<u8> {
 /// Opens, operates, closes, checks; many times over.
 fn random_life(options: &CreateOptions, seed: u64, snapshots: bool) {
     let memory = Arc::new(MemStorage::default());
-    Image::create_storage(Box::new(Arc::clone(&memory)), options).unwrap().close().unwrap();
+    Image::create_storage(Box::new(Arc::clone(&memory)), options)
+        .unwrap()
+        .close()
+        .unwrap();
     let mut random = Random::new(seed);
     let mut model = Vec::new();
     let mut saved: BTreeMap<String, Vec<u8>> = BTreeMap::new();
     let mut names = 0;
     for round in 0..4 {
-        let open = OpenOptions::new().write(true).l2_cache(if round % 2 == 0 { 0 } else { 1 << 20 }).refcount_cache(0);
+        let open = OpenOptions::new()
+            .write(true)
+            .l2_cache(if round % 2 == 0 { 0 } else { 1 << 20 })
+            .refcount_cache(0);
         let image = Image::open_storage(Box::new(Arc::clone(&memory)), &open).unwrap();
         model.resize(image.len() as usize, 0);
         for _ in 0..60 {
@@ -43,7 +49,10 @@ fn random_life(options: &CreateOptions, seed: u64, snapshots: bool) {
                 }
                 5 | 6 => {
                     let c = image.cluster_size();
-                    let (first, end) = (offset / c * c, ((offset + length).div_ceil(c) * c).min(size));
+                    let (first, end) = (
+                        offset / c * c,
+                        ((offset + length).div_ceil(c) * c).min(size),
+                    );
                     let bytes = random.bytes((end - first) as usize);
                     image.write_compressed_at(&bytes, first).unwrap();
                     model[first as usize..end as usize].copy_from_slice(&bytes);
@@ -56,7 +65,11 @@ fn random_life(options: &CreateOptions, seed: u64, snapshots: bool) {
                     saved.insert(name, model.clone());
                 }
                 9 if snapshots && !saved.is_empty() => {
-                    let name = saved.keys().nth(random.below(saved.len() as u64) as usize).unwrap().clone();
+                    let name = saved
+                        .keys()
+                        .nth(random.below(saved.len() as u64) as usize)
+                        .unwrap()
+                        .clone();
                     if random.below(2) == 0 {
                         image.apply_snapshot(&name).unwrap();
                         model.clone_from(&saved[&name]);
@@ -85,12 +98,21 @@ fn random_life(options: &CreateOptions, seed: u64, snapshots: bool) {
         let what = format!("seed {seed}, round {round}, {options:?}");
         assert_same(&read_all(&image), &model, &what);
         let report = image.check().unwrap();
-        assert_eq!((report.corruptions, report.leaks), (0, 0), "{what}: {:?}", report.findings.first());
+        assert_eq!(
+            (report.corruptions, report.leaks),
+            (0, 0),
+            "{what}: {:?}",
+            report.findings.first()
+        );
         image.close().unwrap();
         for (name, content) in &saved {
             let view = OpenOptions::new().snapshot(name);
             let view = Image::open_storage(Box::new(Arc::clone(&memory)), &view).unwrap();
-            assert_same(&read_all(&view), content, &format!("{what}, snapshot {name}"));
+            assert_same(
+                &read_all(&view),
+                content,
+                &format!("{what}, snapshot {name}"),
+            );
         }
     }
 }
@@ -105,9 +127,18 @@ fn random_operations_match_a_flat_array() {
         (o.clone().cluster_size(4096).refcount_bits(4), true),
         (o.clone().cluster_size(1024).refcount_bits(1), false),
         (o.clone().cluster_size(16384).extended_l2(true), true),
-        (o.clone().cluster_size(32768).extended_l2(true).refcount_bits(64), true),
+        (
+            o.clone()
+                .cluster_size(32768)
+                .extended_l2(true)
+                .refcount_bits(64),
+            true,
+        ),
         (o.clone().cluster_size(2048).lazy_refcounts(true), true),
-        (o.cluster_size(4096).compression(qcow::Compression::Zstd), true),
+        (
+            o.cluster_size(4096).compression(qcow::Compression::Zstd),
+            true,
+        ),
     ];
     for (i, (options, snapshots)) in cases.iter().enumerate() {
         for seed in 0..6 {
@@ -199,10 +230,19 @@ fn several_threads(options: &CreateOptions, backing: bool) {
     image.read_at(&mut content, 0).unwrap();
     assert_same(&content[..half], &model[..half], &format!("{options:?}"));
     let report = image.check().unwrap();
-    assert_eq!((report.corruptions, report.leaks), (0, 0), "{:?}", report.findings.first());
+    assert_eq!(
+        (report.corruptions, report.leaks),
+        (0, 0),
+        "{:?}",
+        report.findings.first()
+    );
     image.close().unwrap();
     assert_eq!(common::qemu_check(&path), common::Verdict::Clean);
-    assert_same(&common::qemu_read(&path)[..half], &model[..half], "as QEMU reads it");
+    assert_same(
+        &common::qemu_read(&path)[..half],
+        &model[..half],
+        "as QEMU reads it",
+    );
 }
 
 #[test]
@@ -259,5 +299,10 @@ fn discard_races_with_flush() {
         flusher.join().unwrap();
     });
     let report = image.check().unwrap();
-    assert_eq!((report.corruptions, report.leaks), (0, 0), "{:?}", report.findings.first());
+    assert_eq!(
+        (report.corruptions, report.leaks),
+        (0, 0),
+        "{:?}",
+        report.findings.first()
+    );
 }
