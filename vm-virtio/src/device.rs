@@ -23,10 +23,11 @@ pub trait VirtioInterrupt: Send + Sync {
     }
 }
 
-/// Guest memory as devices hold it: physical, or as an IOMMU lets the device see it.
-pub trait DeviceMemory: GuestAddressSpace + Send + Sync + 'static {}
+/// Guest memory as devices hold it: physical, or as an IOMMU lets the device see it. What
+/// [`memory`](GuestAddressSpace::memory) gives can be kept for as long as a request is in flight, and with it the mapping.
+pub trait DeviceMemory: GuestAddressSpace<T: Send> + Send + Sync + 'static {}
 
-impl<T: GuestAddressSpace + Send + Sync + 'static> DeviceMemory for T {}
+impl<T: GuestAddressSpace<T: Send> + Send + Sync + 'static> DeviceMemory for T {}
 
 /// What a thread is to do.
 pub type Job = Box<dyn FnOnce() + Send>;
