@@ -1,7 +1,9 @@
 //! Virtio devices, a file or folder each, and the PCI transport that they sit behind. Knows no hypervisor: a device is given guest
 //! memory, a way to start threads, and, on PCI, one to send messages.
 
+mod block;
 mod rng;
 pub mod transport;
 
+pub use block::{Block, BlockConfig, BlockControl, BlockError, BlockV1, SERIAL_LEN};
 pub use rng::{Rng, RngError};

@@ -1,0 +1,362 @@
+//! The block device (virtio 1.2 §5.2) over a disk of [`block_util`]: each queue has a thread and a way into the disk of its own,
+//! and data go between guest memory and disk without a copy.
+
+mod config;
+mod queue;
+mod request;
+mod state;
+#[cfg(test)]
+mod tests;
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use block_util::{DiskError, DiskFile, DiskIo, Engine, IoOptions};
+use thiserror::Error;
+use virtio_bindings::virtio_blk::VIRTIO_BLK_ID_BYTES;
+use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
+use vm_memory::GuestAddressSpace;
+use vm_migration::{MigrationError, Section};
+use vm_virtio::{
+    Activation, DeviceError, DeviceMemory, DeviceQueue, VirtioDevice, VirtioInterrupt, Worker,
+    read_config_bytes,
+};
+
+pub use state::BlockV1;
+
+use config::{FLUSH, Facts, MAX_RANGE, WRITEBACK};
+use queue::Handler;
+use request::Limits;
+
+/// Bytes of a serial number.
+pub const SERIAL_LEN: usize = VIRTIO_BLK_ID_BYTES as usize;
+
+/// How a disk is offered to the driver.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct BlockConfig {
+    /// Names its threads.
+    pub id: String,
+    /// Queues, at least 1.
+    pub queues: u16,
+    /// The most entries of each, a power of two up to 32768.
+    pub queue_size: u16,
+    /// Up to [`SERIAL_LEN`] bytes.
+    pub serial: String,
+    /// How requests reach the kernel.
+    pub engine: Engine,
+}
+
+/// Why a disk cannot be offered, or cannot change.
+#[derive(Debug, Error)]
+pub enum BlockError {
+    /// No queues.
+    #[error("disk {0:?} has no queues")]
+    NoQueues(String),
+    /// A queue cannot have that size.
+    #[error("disk {id:?} cannot have queues of {size} entries: a power of two from 4 to 32768")]
+    QueueSize {
+        /// Of the disk.
+        id: String,
+        /// Entries.
+        size: u16,
+    },
+    /// The serial number is too long.
+    #[error("the serial number {serial:?} of disk {id:?} has more than {SERIAL_LEN} bytes")]
+    Serial {
+        /// Of the disk.
+        id: String,
+        /// As given.
+        serial: String,
+    },
+    /// What the disk says.
+    #[error("disk {id:?}")]
+    Disk {
+        /// Of the disk.
+        id: String,
+        /// The disk's error.
+        #[source]
+        source: DiskError,
+    },
+}
+
+/// What the device, its workers and its control share.
+struct Shared {
+    id: String,
+    serial: [u8; SERIAL_LEN],
+    facts: Facts,
+    disk: Arc<dyn DiskFile>,
+    engine: Engine,
+    /// Bytes, as the driver is told.
+    capacity: AtomicU64,
+    writeback: AtomicBool,
+    driver: Mutex<Driver>,
+}
+
+/// Whom to tell of a new capacity.
+#[derive(Default)]
+struct Driver {
+    /// While the device works.
+    interrupt: Option<Arc<dyn VirtioInterrupt>>,
+    /// It changed meanwhile.
+    changed: bool,
+}
+
+impl Shared {
+    fn limits(&self) -> Limits {
+        let facts = &self.facts;
+        Limits {
+            capacity: self.capacity.load(Ordering::Acquire),
+            read_only: facts.read_only,
+            discard: facts.discards().then_some(MAX_RANGE),
+            write_zeroes: (!facts.read_only).then_some(MAX_RANGE),
+        }
+    }
+
+    fn writeback(&self) -> bool {
+        self.writeback.load(Ordering::Acquire)
+    }
+
+    fn driver(&self) -> MutexGuard<'_, Driver> {
+        self.driver.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn set_capacity(&self, capacity: u64) {
+        if self.capacity.swap(capacity, Ordering::AcqRel) == capacity {
+            return;
+        }
+        let mut driver = self.driver();
+        match &driver.interrupt {
+            Some(interrupt) => interrupt.config_changed(),
+            None => driver.changed = true,
+        }
+    }
+
+    fn open_io(&self) -> Result<Box<dyn DiskIo>, DiskError> {
+        self.disk.open_io(&IoOptions {
+            depth: usize::from(self.facts.queue_size).min(IoOptions::MAX_DEPTH),
+            engine: self.engine,
+        })
+    }
+}
+
+/// Changes a disk while its device is behind a transport.
+#[derive(Clone)]
+pub struct BlockControl(Arc<Shared>);
+
+impl BlockControl {
+    /// Makes the disk `size` bytes long, and tells the driver, now or when the device works again.
+    ///
+    /// # Errors
+    /// [`BlockError::Disk`].
+    pub fn resize(&self, size: u64) -> Result<(), BlockError> {
+        let resized = self.0.disk.resize(size);
+        resized.map_err(|source| BlockError::Disk {
+            id: self.0.id.clone(),
+            source,
+        })?;
+        self.0.set_capacity(self.0.disk.size());
+        Ok(())
+    }
+}
+
+/// A block device.
+pub struct Block<M: GuestAddressSpace> {
+    shared: Arc<Shared>,
+    queue_sizes: Vec<u16>,
+    /// Ways into the disk that no worker has.
+    ios: Vec<Box<dyn DiskIo>>,
+    workers: Vec<Worker<Handler<M>>>,
+    /// Queues that the driver did not enable, while the device works.
+    idle: Vec<DeviceQueue>,
+}
+
+impl<M: DeviceMemory> Block<M> {
+    /// Offers `disk`, for reading only if it is that. Who else may use the disk is for the caller to see to, by
+    /// [`lock`](DiskFile::lock).
+    ///
+    /// # Errors
+    /// What is wrong with `config`, or that the disk does not open.
+    pub fn new(config: BlockConfig, disk: Arc<dyn DiskFile>) -> Result<Self, BlockError> {
+        let BlockConfig {
+            id,
+            queues,
+            queue_size,
+            serial,
+            engine,
+        } = config;
+        if queues == 0 {
+            return Err(BlockError::NoQueues(id));
+        }
+        // Header, data and status take a descriptor each.
+        if !queue_size.is_power_of_two() || queue_size < 4 {
+            return Err(BlockError::QueueSize {
+                id,
+                size: queue_size,
+            });
+        }
+        let mut padded = [0; SERIAL_LEN];
+        match padded.get_mut(..serial.len()) {
+            Some(start) => start.copy_from_slice(serial.as_bytes()),
+            None => return Err(BlockError::Serial { id, serial }),
+        }
+        let shared = Arc::new(Shared {
+            id,
+            serial: padded,
+            facts: Facts {
+                geometry: disk.geometry(),
+                read_only: disk.is_read_only(),
+                queues,
+                queue_size,
+            },
+            capacity: AtomicU64::new(disk.size()),
+            disk,
+            engine,
+            writeback: AtomicBool::new(true),
+            driver: Mutex::default(),
+        });
+        let ios = (0..queues)
+            .map(|_| shared.open_io())
+            .collect::<Result<_, _>>()
+            .map_err(|source| BlockError::Disk {
+                id: shared.id.clone(),
+                source,
+            })?;
+        Ok(Self {
+            shared,
+            queue_sizes: vec![queue_size; usize::from(queues)],
+            ios,
+            workers: Vec::new(),
+            idle: Vec::new(),
+        })
+    }
+
+    /// To change the disk with, once the device is behind a transport.
+    #[must_use]
+    pub fn control(&self) -> BlockControl {
+        BlockControl(self.shared.clone())
+    }
+
+    fn start(&mut self, activation: Activation<M>) -> Result<(), DeviceError> {
+        let always_durable = activation.features & FLUSH == 0;
+        if always_durable {
+            // §5.2.5.2.
+            self.shared.writeback.store(false, Ordering::Release);
+        }
+        for queue in activation.queues {
+            if !queue.is_served() {
+                self.idle.push(queue);
+                continue;
+            }
+            let io = match self.ios.pop() {
+                Some(io) => io,
+                None => self
+                    .shared
+                    .open_io()
+                    .map_err(|e| DeviceError::Device("its way into the disk", Box::new(e)))?,
+            };
+            let name = format!("{}_q{}", self.shared.id, queue.index());
+            let handler = Handler::new(
+                queue,
+                io,
+                activation.memory.clone(),
+                self.shared.clone(),
+                always_durable,
+            );
+            self.workers.push(Worker::start(
+                &name,
+                vec![handler],
+                activation.interrupt.clone(),
+                &activation.spawn,
+            )?);
+        }
+        let mut driver = self.shared.driver();
+        if std::mem::take(&mut driver.changed) {
+            activation.interrupt.config_changed();
+        }
+        driver.interrupt = Some(activation.interrupt);
+        Ok(())
+    }
+}
+
+impl<M: DeviceMemory> VirtioDevice<M> for Block<M> {
+    fn device_type(&self) -> u32 {
+        VIRTIO_ID_BLOCK
+    }
+
+    fn features(&self) -> u64 {
+        self.shared.facts.features()
+    }
+
+    fn queue_max_sizes(&self) -> &[u16] {
+        &self.queue_sizes
+    }
+
+    fn config_len(&self) -> usize {
+        config::SIZE
+    }
+
+    fn read_config(&self, offset: usize, data: &mut [u8]) {
+        let shared = &self.shared;
+        let capacity = shared.capacity.load(Ordering::Acquire);
+        let config = shared.facts.bytes(capacity, shared.writeback());
+        read_config_bytes(&config, offset, data);
+    }
+
+    fn write_config(&mut self, offset: usize, data: &[u8]) {
+        // The one field that a driver may write (§5.2.4).
+        if let (WRITEBACK, [value]) = (offset, data) {
+            self.shared.writeback.store(*value != 0, Ordering::Release);
+        }
+    }
+
+    fn activate(&mut self, activation: Activation<M>) -> Result<(), DeviceError> {
+        let started = self.start(activation);
+        if started.is_err() {
+            self.workers.clear();
+            self.idle.clear();
+        }
+        started
+    }
+
+    fn deactivate(&mut self) -> Result<Vec<DeviceQueue>, DeviceError> {
+        self.shared.driver().interrupt = None;
+        let mut queues = std::mem::take(&mut self.idle);
+        let mut stopped = Ok(());
+        for worker in self.workers.drain(..) {
+            match worker.stop() {
+                Ok(handlers) => {
+                    for handler in handlers {
+                        queues.push(handler.queue);
+                        self.ios.extend(handler.io);
+                    }
+                }
+                Err(error) => stopped = Err(error),
+            }
+        }
+        stopped?;
+        queues.sort_by_key(DeviceQueue::index);
+        Ok(queues)
+    }
+
+    fn reset(&mut self) {
+        self.shared.writeback.store(true, Ordering::Release);
+        self.shared.driver().changed = false;
+    }
+
+    fn save(&self, id: &str) -> Result<Section, MigrationError> {
+        let state = BlockV1 {
+            capacity: self.shared.capacity.load(Ordering::Acquire),
+            writeback: self.shared.writeback(),
+        };
+        Section::encode(id, &state)
+    }
+
+    fn restore(&mut self, section: &Section) -> Result<(), MigrationError> {
+        let state: BlockV1 = section.decode()?;
+        let shared = &self.shared;
+        shared.writeback.store(state.writeback, Ordering::Release);
+        // The driver hears of it if the disk is another size by now.
+        shared.driver().changed = state.capacity != shared.capacity.load(Ordering::Acquire);
+        Ok(())
+    }
+}

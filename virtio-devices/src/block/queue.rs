@@ -1,0 +1,346 @@
+//! A queue of a block device on its worker: requests go to the disk as they come, one system call a batch, and are answered as the
+//! disk completes them, in whatever order.
+//!
+//! ```text
+//!  available ring ──> parse ──> submit ──┐ kick, once a batch
+//!        ^                │              v
+//!        │                └─ status ─> used ring <── status <── completion
+//!        └──── no more than the queue has entries are in flight ────┘
+//! ```
+#![allow(unsafe_code)]
+
+use std::io;
+use std::ops::Deref;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+
+use block_util::{Completion, DiskIo, IoBuf};
+use log::debug;
+use vm_memory::bitmap::Bitmap;
+use vm_memory::{GuestAddressSpace, GuestMemory};
+use vm_virtio::{
+    Chain, Context, DeviceMemory, DeviceQueue, EventSet, Fault, Outcome, QueueError, QueueHandler,
+    Source,
+};
+
+use super::request::{Request, Status};
+use super::{SERIAL_LEN, Shared};
+
+/// Guest memory as it was when a request came: what keeps its buffers mapped.
+type Mapping<M> = <M as GuestAddressSpace>::T;
+
+/// A request in flight.
+struct Slot<M: GuestAddressSpace> {
+    chain: Chain,
+    /// None while the slot is free.
+    mapping: Option<Mapping<M>>,
+    /// The disk writes to the chain's buffers.
+    reads: bool,
+}
+
+/// One queue, its way into the disk, and what is in flight.
+pub(super) struct Handler<M: GuestAddressSpace> {
+    pub queue: DeviceQueue,
+    /// None once it has failed.
+    pub io: Option<Box<dyn DiskIo>>,
+    memory: M,
+    flight: Flight<M>,
+    /// There was no room for a request: the queue is served again when there is.
+    starved: bool,
+}
+
+/// What a request needs beside memory and disk.
+struct Flight<M: GuestAddressSpace> {
+    shared: Arc<Shared>,
+    /// Writes are stable when they complete, whatever the driver chooses.
+    always_durable: bool,
+    slots: Vec<Slot<M>>,
+    free: Vec<usize>,
+    /// The buffers of one request, until they are submitted.
+    buffers: Vec<IoBuf>,
+}
+
+impl<M: DeviceMemory> Handler<M> {
+    pub fn new(
+        queue: DeviceQueue,
+        io: Box<dyn DiskIo>,
+        memory: M,
+        shared: Arc<Shared>,
+        always_durable: bool,
+    ) -> Self {
+        let count = usize::from(queue.size()).min(io.depth());
+        let slot = |_| Slot {
+            chain: Chain::new(),
+            mapping: None,
+            reads: false,
+        };
+        Self {
+            queue,
+            io: Some(io),
+            memory,
+            flight: Flight {
+                shared,
+                always_durable,
+                slots: (0..count).map(slot).collect(),
+                free: (0..count).rev().collect(),
+                buffers: Vec::new(),
+            },
+            starved: false,
+        }
+    }
+
+    /// Starts what was submitted.
+    fn kick(&mut self, context: &mut Context<'_>) -> Result<(), QueueError> {
+        let Some(io) = &mut self.io else {
+            return Ok(());
+        };
+        match io.kick() {
+            Ok(()) => Ok(()),
+            Err(error) if is_passing(&error) => {
+                debug!("the disk takes no requests at the moment: {error}");
+                context.again(self.queue.index());
+                Ok(())
+            }
+            Err(error) => {
+                debug!("the disk takes no requests: {error}");
+                Err(self
+                    .queue
+                    .error(Fault::Request("the disk takes no requests")))
+            }
+        }
+    }
+
+    /// Answers what is done.
+    fn reap(&mut self, context: &mut Context<'_>) -> Result<(), QueueError> {
+        let memory = self.memory.memory();
+        while let Some(done) = self.io.as_mut().and_then(|io| io.next_completion()) {
+            if let Some((head, written)) = self.flight.finish(done) {
+                let used = self.queue.add_used(&*memory, head, written);
+                used?;
+            }
+            if std::mem::take(&mut self.starved) {
+                context.again(self.queue.index());
+            }
+        }
+        self.queue.signal(&*memory, context.interrupt())
+    }
+
+    /// Waits for all that is in flight, and answers it.
+    fn finish_all(&mut self, context: &mut Context<'_>) -> Result<(), QueueError> {
+        let mut answered = Ok(());
+        while let Some(io) = &mut self.io
+            && io.in_flight() > 0
+        {
+            if let Err(error) = io.wait() {
+                debug!("waiting for the disk: {error}");
+                // Dropping it waits for the kernel to let go of guest memory, all the same.
+                self.io = None;
+            }
+            // Even where the ring is lost, memory must not change after this.
+            answered = answered.and(self.reap(context));
+        }
+        let memory = self.memory.memory();
+        for index in 0..self.flight.slots.len() {
+            let lost = self.flight.end(index, Status::IoError);
+            if let Some((head, written)) = lost {
+                answered = answered.and(self.queue.add_used(&*memory, head, written));
+            }
+        }
+        answered
+    }
+}
+
+/// Whether the kernel may take what it refused a little later.
+fn is_passing(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::WouldBlock
+            | io::ErrorKind::Interrupted
+            | io::ErrorKind::ResourceBusy
+            | io::ErrorKind::OutOfMemory
+    )
+}
+
+impl<M: DeviceMemory> QueueHandler for Handler<M> {
+    fn queues(&mut self) -> &mut [DeviceQueue] {
+        std::slice::from_mut(&mut self.queue)
+    }
+
+    fn sources(&self) -> Vec<Source> {
+        let completions = self.io.iter().map(|io| io.completion_fd().as_raw_fd());
+        completions
+            .map(|fd| Source {
+                fd,
+                events: EventSet::IN,
+                token: 0,
+            })
+            .collect()
+    }
+
+    fn on_queue(&mut self, _index: u16, context: &mut Context<'_>) -> Result<(), QueueError> {
+        let Self {
+            queue,
+            io: Some(io),
+            memory,
+            flight,
+            starved,
+        } = self
+        else {
+            return Ok(());
+        };
+        let mapping = memory.memory();
+        let served = context.serve(queue, &*mapping, |chain| {
+            let outcome = flight.begin(chain, &mapping, &mut **io)?;
+            *starved = outcome == Outcome::Later;
+            Ok(outcome)
+        });
+        // Those before a fault are done all the same.
+        let kicked = self.kick(context);
+        let reaped = self.reap(context);
+        served.and(kicked).and(reaped)
+    }
+
+    fn on_source(
+        &mut self,
+        _token: u32,
+        _events: EventSet,
+        context: &mut Context<'_>,
+    ) -> Result<(), QueueError> {
+        self.reap(context)
+    }
+
+    fn on_stop(&mut self, context: &mut Context<'_>) -> Result<(), QueueError> {
+        self.finish_all(context)
+    }
+}
+
+impl<M: DeviceMemory> Flight<M> {
+    /// Sends the request in `chain` on its way, or answers it at once.
+    fn begin(
+        &mut self,
+        chain: &mut Chain,
+        mapping: &Mapping<M>,
+        io: &mut dyn DiskIo,
+    ) -> Result<Outcome, Fault> {
+        let memory: &M::M = mapping;
+        let request = match Request::parse(memory, chain, &self.shared.limits())? {
+            Ok(request) => request,
+            Err(status) => return answer(memory, chain, status),
+        };
+        if !self.gather(memory, chain, &request)? {
+            return answer(memory, chain, Status::IoError);
+        }
+        let durable = self.always_durable || !self.shared.writeback();
+        let Some(operation) = request.operation(&self.buffers, durable) else {
+            write_serial(memory, chain, &self.shared.serial)?;
+            return answer(memory, chain, Status::Ok);
+        };
+        let Some(index) = self.free.pop() else {
+            return Ok(Outcome::Later);
+        };
+        let submitted = io.submit(block_util::Request {
+            operation,
+            user_data: index as u64,
+        });
+        match self.slots.get_mut(index) {
+            Some(slot) if submitted.is_ok() => {
+                std::mem::swap(&mut slot.chain, chain);
+                slot.mapping = Some(mapping.clone());
+                slot.reads = matches!(request, Request::Read { .. });
+                Ok(Outcome::InFlight)
+            }
+            _ => {
+                self.free.push(index);
+                Ok(Outcome::Later)
+            }
+        }
+    }
+
+    /// Collects the buffers of a transfer. False if there are more than a request can have.
+    fn gather(&mut self, memory: &M::M, chain: &Chain, request: &Request) -> Result<bool, Fault> {
+        /// As many as one system call takes.
+        const MOST: usize = 1024;
+        let buffers = &mut self.buffers;
+        buffers.clear();
+        let mut add = |ptr: *mut u8, len: usize| {
+            if buffers.len() <= MOST {
+                // SAFETY: the slice is guest memory, which no Rust reference is made to. Whoever submits the buffer keeps the
+                // mapping that it was found in, in the request's slot, until its completion is taken or the DiskIo dropped.
+                buffers.push(unsafe { IoBuf::new(ptr, len) });
+            }
+            Ok(())
+        };
+        match *request {
+            Request::Read { len, .. } => chain.writer(memory).slices(len as usize, |slice| {
+                add(slice.ptr_guard_mut().as_ptr(), slice.len())
+            })?,
+            Request::Write { len, .. } => {
+                let mut reader = chain.reader(memory);
+                reader.skip(chain.readable_len().saturating_sub(len) as usize)?;
+                reader.slices(len as usize, |slice| {
+                    add(slice.ptr_guard().as_ptr().cast_mut(), slice.len())
+                })?;
+            }
+            _ => {}
+        }
+        Ok(self.buffers.len() <= MOST)
+    }
+
+    /// Ends the request that is done: its head, and the bytes written.
+    fn finish(&mut self, done: Completion) -> Option<(u16, u32)> {
+        let status = match done.result {
+            Ok(()) => Status::Ok,
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => Status::Unsupported,
+            Err(error) => {
+                debug!("a request of disk {:?} failed: {error}", self.shared.id);
+                Status::IoError
+            }
+        };
+        self.end(usize::try_from(done.user_data).ok()?, status)
+    }
+
+    /// Ends the request in slot `index`, if there is one.
+    fn end(&mut self, index: usize, status: Status) -> Option<(u16, u32)> {
+        let slot = self.slots.get_mut(index)?;
+        let mapping = slot.mapping.take()?;
+        let memory: &M::M = mapping.deref();
+        self.free.push(index);
+        if slot.reads {
+            // The disk wrote through pointers, which told nobody; where it failed, any part of it.
+            let data = slot.chain.writable_len().saturating_sub(1) as usize;
+            let marked = slot.chain.writer(memory).slices(data, |slice| {
+                slice.bitmap().mark_dirty(0, slice.len());
+                Ok(())
+            });
+            if let Err(fault) = marked {
+                debug!("buffers of a request went away: {fault}");
+            }
+        }
+        // Memory that was there when the chain was popped is in the mapping still.
+        let written = write_status(memory, &slot.chain, status).unwrap_or(0);
+        Some((slot.chain.head(), written))
+    }
+}
+
+/// Answers `chain` with nothing but a status.
+fn answer<M: GuestMemory>(memory: &M, chain: &Chain, status: Status) -> Result<Outcome, Fault> {
+    write_status(memory, chain, status).map(Outcome::Used)
+}
+
+/// Writes the status, and gives the bytes that the driver may look at: all of them.
+fn write_status<M: GuestMemory>(memory: &M, chain: &Chain, status: Status) -> Result<u32, Fault> {
+    let len = chain.writable_len();
+    let mut writer = chain.writer(memory);
+    writer.skip(len.saturating_sub(1) as usize)?;
+    writer.write(&[status.byte()])?;
+    Ok(len)
+}
+
+fn write_serial<M: GuestMemory>(
+    memory: &M,
+    chain: &Chain,
+    serial: &[u8; SERIAL_LEN],
+) -> Result<(), Fault> {
+    let room = (chain.writable_len().saturating_sub(1) as usize).min(SERIAL_LEN);
+    chain.writer(memory).write(&serial[..room])
+}

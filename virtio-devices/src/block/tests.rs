@@ -1,0 +1,1 @@
+//! The device with disks that do what a test wants.
