@@ -166,3 +166,9 @@ fn the_machine_can_add_features() {
     assert_eq!(core.device_type(), 99);
     assert!(core.kick(0).is_some() && core.kick(1).is_none());
 }
+
+#[test]
+fn a_core_can_be_a_bus_device_in_a_lock() {
+    fn goes_anywhere<T: Send>() {}
+    goes_anywhere::<DeviceCore<TestMemory>>();
+}

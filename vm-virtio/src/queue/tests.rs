@@ -1,10 +1,13 @@
 //! Queues against a driver that keeps the rules, and against ones that do not.
 
+use std::cell::{Cell, RefCell};
 use std::sync::Arc;
 
 use proptest::collection::vec;
 use proptest::prelude::*;
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::bitmap::BS;
+use vm_memory::guest_memory::GuestMemorySliceIterator;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::*;
@@ -159,6 +162,73 @@ fn no_notification_is_lost() {
     }
 }
 
+/// Memory that does something just before the device reaches an address for the `countdown`th time.
+struct Watched<'a> {
+    memory: &'a TestMemory,
+    address: u64,
+    countdown: Cell<u32>,
+    then: &'a dyn Fn(),
+}
+
+impl GuestMemory for Watched<'_> {
+    type PhysicalMemory = GuestMemoryMmap;
+    type Bitmap = ();
+
+    fn check_range(&self, address: GuestAddress, count: usize, access: Permissions) -> bool {
+        GuestMemory::check_range(&**self.memory, address, count, access)
+    }
+
+    fn get_slices<'a>(
+        &'a self,
+        address: GuestAddress,
+        count: usize,
+        access: Permissions,
+    ) -> Result<impl GuestMemorySliceIterator<'a, BS<'a, ()>>, GuestMemoryError> {
+        if address.0 == self.address {
+            let left = self.countdown.get();
+            self.countdown.set(left.saturating_sub(1));
+            if left == 1 {
+                (self.then)();
+            }
+        }
+        GuestMemory::get_slices(&**self.memory, address, count, access)
+    }
+}
+
+#[test]
+fn a_chain_that_comes_as_notifications_go_on_is_served() {
+    for features in [VERSION_1, RING_FEATURES] {
+        let (memory, driver, mut device) = both(features);
+        // Without EVENT_IDX the flags are written to turn notifications off, and to turn them on.
+        let (address, countdown) = if features == VERSION_1 {
+            (driver.used_ring(), 2)
+        } else {
+            (driver.used_ring() + 4 + 8 * u64::from(SIZE), 1)
+        };
+        let driver = RefCell::new(driver);
+        let late = || {
+            driver.borrow_mut().add(&one(1)).unwrap();
+            assert!(
+                !driver.borrow().wants_kick(1),
+                "the driver thinks that it need not"
+            );
+        };
+        let watched = Watched {
+            memory: &memory,
+            address,
+            countdown: Cell::new(countdown),
+            then: &late,
+        };
+        driver.borrow_mut().add(&one(0)).unwrap();
+        let mut requests = 0;
+        let next = device.serve(&watched, &TestInterrupt::default(), |_| {
+            requests += 1;
+            Ok(Outcome::Used(0))
+        });
+        assert_eq!((next.unwrap(), requests), (Next::Wait, 2));
+    }
+}
+
 #[test]
 fn a_driver_that_never_stops_has_its_turn_and_no_more() {
     let (memory, mut driver, mut device) = both(RING_FEATURES);
@@ -226,6 +296,26 @@ fn more_chains_in_flight_than_entries_are_refused() {
     };
     let error = device_side(&memory, &state, RING_FEATURES).unwrap_err();
     assert!(matches!(error.fault, Fault::Offered { .. }));
+}
+
+#[test]
+fn an_index_that_jumps_is_refused_at_once() {
+    for (index, count) in [(SIZE + 3, SIZE + 1), (1, u16::MAX), (0, u16::MAX - 1)] {
+        let (memory, mut driver, mut device) = both(RING_FEATURES);
+        let mut chain = Chain::new();
+        for n in 0..2 {
+            driver.add(&one(n)).unwrap();
+            assert!(device.pop(&*memory, &mut chain).unwrap());
+            device.add_used(&*memory, chain.head(), 0).unwrap();
+        }
+        driver.set_available_index(index);
+        let error = device.pop(&*memory, &mut chain).unwrap_err();
+        assert!(
+            matches!(error.fault, Fault::Offered { count: c, size: SIZE } if c == count),
+            "{index}: {}",
+            error.fault
+        );
+    }
 }
 
 #[test]

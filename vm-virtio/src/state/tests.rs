@@ -3,6 +3,8 @@
 use proptest::collection::vec;
 use proptest::prelude::*;
 
+use vm_migration::Section;
+
 use super::status::*;
 use super::*;
 use crate::feature::EVENT_IDX;
@@ -217,6 +219,40 @@ fn registers_are_saved_whole() {
     assert_eq!(other.save(), saved);
     assert_eq!(saved.status & NEEDS_RESET, NEEDS_RESET);
     assert_eq!((saved.queue_select, saved.config_generation), (1, 1));
+}
+
+/// As version 1 was written: it must be read for ever.
+#[test]
+fn version_1_is_read() {
+    let json = r#"{"status":15,"driver_features":4294967297,"unknown_features":false,"device_feature_select":1,
+        "driver_feature_select":1,"queue_select":1,"config_generation":7,"queues":[
+        {"size":256,"ready":true,"descriptors":4096,"available":8192,"used":12288,"next_available":9,"next_used":8,
+        "broken":false},
+        {"size":16,"ready":false,"descriptors":0,"available":0,"used":0,"next_available":0,"next_used":0,"broken":true}]}"#;
+    let section = Section {
+        kind: "virtio".to_owned(),
+        version: 1,
+        id: "it".to_owned(),
+        data: json.into(),
+    };
+    let mut state = state();
+    state.restore(section.decode().unwrap()).unwrap();
+    assert_eq!(
+        state.status(),
+        ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK
+    );
+    let saved = state.save();
+    assert_eq!(
+        (saved.queues[0].next_available, saved.queues[1].broken),
+        (9, true)
+    );
+    assert_eq!(
+        Section::encode("it", &saved)
+            .unwrap()
+            .decode::<RegistersV1>()
+            .unwrap(),
+        saved
+    );
 }
 
 #[derive(Clone, Copy, Debug)]

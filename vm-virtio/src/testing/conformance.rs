@@ -157,13 +157,9 @@ pub fn requests(subject: &dyn Subject) {
         early.finish(&mut guest, subject);
 
         let batch = batch(&guest, subject);
-        let most = if subject.request(0).readable.len() > 4096 {
-            4
-        } else {
-            64
-        };
-        let last = most.max(2 * batch);
+        let last = 64.max(2 * batch);
         for first in (1..last).step_by(batch as usize) {
+            guest.reuse_room();
             let offered = Offered::new(&mut guest, subject, first, last.min(first + batch));
             guest.kick(subject.queue());
             offered.finish(&mut guest, subject);

@@ -117,8 +117,7 @@ impl Guest {
             self.answers.push(vec![0; usize::from(size)]);
             base = (base + DriverQueue::bytes(size)).next_multiple_of(0x1000);
         }
-        // Close to the seam, so that requests soon lie across it.
-        self.next_data = SEAM - 0x1000;
+        self.reuse_room();
         assert!(base < self.next_data, "the queues are too large for a test");
     }
 
@@ -132,7 +131,13 @@ impl Guest {
         self.core.write_status(0).expect("resetting the device");
     }
 
-    /// Room of `len` bytes for a buffer, in memory that was not used before.
+    /// Lets [`room`](Self::room) give memory again that it gave before. No request may be with the device.
+    pub fn reuse_room(&mut self) {
+        // Close to the seam, so that requests soon lie across it.
+        self.next_data = SEAM - 0x1000;
+    }
+
+    /// Room of `len` bytes for a buffer, in memory that no other buffer has.
     pub fn room(&mut self, len: usize) -> u64 {
         let address = self.next_data;
         self.next_data += (len as u64).next_multiple_of(16);
