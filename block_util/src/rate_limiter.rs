@@ -136,7 +136,7 @@ impl Bucket {
         Ok(bucket)
     }
 
-    /// Tokens as `level` counts them. A token is at most 2^64 of 2^94 units; sums saturate.
+    /// Tokens as `level` counts them. What does not fit, which is a refill of centuries, saturates.
     fn scaled(&self, tokens: u64) -> i128 {
         i128::from(tokens).saturating_mul(self.refill_nanos())
     }
@@ -332,5 +332,176 @@ impl LimiterTimer {
 impl AsRawFd for LimiterTimer {
     fn as_raw_fd(&self) -> RawFd {
         self.timer.as_raw_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn bucket(size: u64, burst: u64, millis: u64) -> BucketConfig {
+        BucketConfig {
+            size,
+            one_time_burst: burst,
+            refill: Duration::from_millis(millis),
+        }
+    }
+
+    fn limiter(
+        bandwidth: Option<BucketConfig>,
+        operations: Option<BucketConfig>,
+    ) -> (Arc<ManualClock>, RateLimiter) {
+        let clock = Arc::new(ManualClock::default());
+        let config = RateLimiterConfig {
+            bandwidth,
+            operations,
+        };
+        let limiter = RateLimiter::with_clock(&config, clock.clone()).unwrap();
+        (clock, limiter)
+    }
+
+    const MS: Duration = Duration::from_millis(1);
+
+    #[test]
+    fn a_burst_is_spent_once() {
+        let (clock, limiter) = limiter(Some(bucket(100, 50, 100)), None);
+        assert_eq!(limiter.take(150, 1), Ok(()));
+        assert_eq!(limiter.take(10, 1), Err(10 * MS));
+        clock.advance(1000 * MS);
+        assert_eq!(limiter.take(100, 1), Ok(()));
+        assert_eq!(limiter.take(1, 1), Err(MS));
+    }
+
+    #[test]
+    fn both_buckets_are_taken_from_or_none() {
+        let (clock, limiter) = limiter(Some(bucket(1000, 0, 100)), Some(bucket(2, 0, 100)));
+        assert_eq!(limiter.take(100, 1), Ok(()));
+        assert_eq!(limiter.take(100, 1), Ok(()));
+        // No operation left, so no byte is taken either.
+        assert_eq!(limiter.take(800, 1), Err(50 * MS));
+        clock.advance(50 * MS);
+        assert_eq!(limiter.take(1000, 1), Ok(()));
+        assert_eq!(limiter.take(1, 0), Err(Duration::from_micros(100)));
+    }
+
+    #[test]
+    fn what_is_larger_than_the_bucket_passes_when_it_is_full_and_owes() {
+        let (clock, limiter) = limiter(Some(bucket(100, 0, 100)), None);
+        assert_eq!(limiter.take(10, 1), Ok(()));
+        assert_eq!(limiter.take(1000, 1), Err(10 * MS));
+        clock.advance(10 * MS);
+        assert_eq!(limiter.take(1000, 1), Ok(()));
+        assert_eq!(limiter.take(1, 1), Err(901 * MS));
+        clock.advance(901 * MS);
+        assert_eq!(limiter.take(1, 1), Ok(()));
+    }
+
+    #[test]
+    fn what_is_given_back_is_there_again() {
+        let (_, limiter) = limiter(Some(bucket(100, 0, 100)), Some(bucket(1, 0, 100)));
+        assert_eq!(limiter.take(100, 1), Ok(()));
+        limiter.give_back(100, 1);
+        assert_eq!(limiter.take(100, 1), Ok(()));
+        limiter.give_back(u64::MAX, u64::MAX);
+        assert_eq!(limiter.take(100, 1), Ok(()));
+        assert!(limiter.take(1, 1).is_err());
+    }
+
+    #[test]
+    fn no_limit_is_no_limit() {
+        let (_, limiter) = limiter(None, None);
+        for _ in 0..100 {
+            assert_eq!(limiter.take(u64::MAX, u64::MAX), Ok(()));
+        }
+    }
+
+    #[test]
+    fn buckets_of_nothing_are_refused() {
+        for bad in [bucket(0, 5, 100), bucket(5, 5, 0)] {
+            let config = RateLimiterConfig {
+                bandwidth: None,
+                operations: Some(bad),
+            };
+            let error = RateLimiter::new(&config).unwrap_err();
+            assert!(matches!(error, RateLimiterError::Bucket { .. }));
+        }
+    }
+
+    #[test]
+    fn the_largest_numbers_do_not_overflow() {
+        let config = BucketConfig {
+            size: u64::MAX,
+            one_time_burst: u64::MAX,
+            refill: Duration::MAX,
+        };
+        let (clock, limiter) = limiter(Some(config), None);
+        for _ in 0..10 {
+            let _ = limiter.take(u64::MAX, 1);
+            clock.advance(Duration::from_nanos(u64::MAX / 16));
+        }
+        limiter.give_back(u64::MAX, 1);
+    }
+
+    #[test]
+    fn queues_of_a_group_share_and_each_waits_for_its_timer() {
+        let (clock, limiter) = limiter(None, Some(bucket(3, 0, 3)));
+        let limiter = Arc::new(limiter);
+        let mut first = LimiterTimer::new(limiter.clone()).unwrap();
+        let mut second = LimiterTimer::new(limiter).unwrap();
+        assert!(first.may(1).unwrap());
+        assert!(second.may(1).unwrap());
+        assert!(first.may(1).unwrap());
+        assert!(!second.may(1).unwrap());
+        assert!(second.is_waiting() && !first.is_waiting());
+        // The descriptor becomes readable, whenever that is.
+        let mut fd = libc::pollfd {
+            fd: second.as_raw_fd(),
+            events: libc::POLLIN,
+            revents: 0,
+        };
+        #[allow(unsafe_code)]
+        // SAFETY: one pollfd, which lives through the call.
+        let ready = |fd: &mut libc::pollfd, timeout| unsafe { libc::poll(fd, 1, timeout) };
+        assert_eq!(ready(&mut fd, -1), 1);
+        clock.advance(MS);
+        assert!(!second.may(1).unwrap(), "it has not been told of the timer");
+        second.on_timer().unwrap();
+        assert_eq!(ready(&mut fd, 0), 0);
+        assert!(second.may(1).unwrap());
+        assert!(!first.may(1).unwrap());
+        first.on_timer().unwrap();
+        first.give_back(1);
+        assert!(first.may(1).unwrap());
+    }
+
+    proptest! {
+        /// Over any time, no more passes than the bucket, the burst, what time brought, and one request that was too large.
+        #[test]
+        fn the_rate_is_kept(
+            size in 1..10_000u64,
+            burst in 0..5_000u64,
+            millis in 1..1000u64,
+            requests in proptest::collection::vec((0..20_000u64, 0..50_000_000u64), 1..200),
+        ) {
+            let (clock, limiter) = limiter(Some(bucket(size, burst, millis)), None);
+            let (mut passed, mut largest) = (0u64, 0u64);
+            for (bytes, nanos) in requests {
+                clock.advance(Duration::from_nanos(nanos));
+                if let Err(wait) = limiter.take(bytes, 1) {
+                    prop_assert!(!wait.is_zero());
+                    // The answer is exact: a nanosecond earlier it is still no, and then it is yes.
+                    clock.advance(wait - Duration::from_nanos(1));
+                    prop_assert_eq!(limiter.take(bytes, 1), Err(Duration::from_nanos(1)));
+                    clock.advance(Duration::from_nanos(1));
+                    prop_assert_eq!(limiter.take(bytes, 1), Ok(()));
+                }
+                passed += bytes;
+                largest = largest.max(bytes);
+                let brought = clock.now().as_nanos() as u64 * size / (millis * 1_000_000) + 1;
+                prop_assert!(passed <= size + burst + brought + largest);
+            }
+        }
     }
 }

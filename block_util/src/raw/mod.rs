@@ -10,6 +10,8 @@ mod bounce;
 mod sync;
 mod sys;
 mod target;
+#[cfg(test)]
+mod tests;
 mod transfer;
 mod uring;
 
