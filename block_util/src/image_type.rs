@@ -9,9 +9,13 @@ use std::fmt;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::str::FromStr;
 
 use thiserror::Error;
+
+use crate::disk::{DiskError, DiskFile};
+use crate::raw::{RawDisk, RawOptions};
 
 /// Bytes at the start, and at the end, that a magic may be in.
 pub(crate) const SECTOR: u64 = 512;
@@ -33,6 +37,24 @@ impl ImageType {
     pub(crate) const QCOW: &[u8] = b"QFI\xfb";
     pub(crate) const VHD: &[u8] = b"conectix";
     pub(crate) const VHDX: &[u8] = b"vhdxfile";
+
+    /// The format of the image at `path`, a file or a block device.
+    ///
+    /// # Errors
+    ///
+    /// [`DiskError::Open`], [`DiskError::NotADisk`], [`DiskError::Inspect`].
+    pub fn of_path(path: &Path) -> Result<ImageType, DiskError> {
+        let options = RawOptions {
+            read_only: true,
+            ..RawOptions::default()
+        };
+        let disk = RawDisk::open(path, &options)?;
+        ImageType::probe(disk.file(), disk.size()).map_err(|source| DiskError::Inspect {
+            path: path.to_owned(),
+            what: "format",
+            source,
+        })
+    }
 
     /// Looks at the first and the last sector. `size` is the file's length, or the block device's, in bytes.
     ///

@@ -1,5 +1,7 @@
 //! Two users of one image keep out of each other's way.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
 mod common;
 
 use std::process::Command;

@@ -1,5 +1,5 @@
 //! Any batch of requests does to a disk what it does to a vector of bytes, with every engine, buffered and direct.
-#![allow(unsafe_code)]
+#![allow(unsafe_code, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod common;
 

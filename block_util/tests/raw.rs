@@ -1,5 +1,5 @@
 //! Raw disks, feature by feature, with every engine.
-#![allow(unsafe_code)]
+#![allow(unsafe_code, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod common;
 

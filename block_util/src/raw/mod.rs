@@ -15,7 +15,7 @@ mod tests;
 mod transfer;
 mod uring;
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
@@ -78,6 +78,10 @@ impl RawDisk {
         Ok(RawDisk {
             target: Arc::new(Target::new(file, path, options)?),
         })
+    }
+
+    pub(crate) fn file(&self) -> &File {
+        &self.target.file
     }
 }
 

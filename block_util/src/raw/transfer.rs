@@ -394,11 +394,11 @@ impl Transfer {
             }
             Step::Done(_) => return,
         };
-        self.finish_step(target, done.map_err(errno));
+        self.finish_step(target, done.map_err(|e| errno(&e)));
     }
 }
 
-fn errno(error: io::Error) -> i32 {
+fn errno(error: &io::Error) -> i32 {
     error.raw_os_error().unwrap_or(libc::EIO)
 }
 

@@ -1,5 +1,5 @@
 //! What the tests of disks share: images on a real file system, and memory for requests.
-#![allow(unsafe_code, dead_code)]
+#![allow(unsafe_code, dead_code, clippy::unwrap_used)]
 
 use std::io;
 use std::path::Path;
