@@ -47,7 +47,26 @@ impl Meta {
         if count == 1 {
             return Ok(self.alloc(1)?.offset);
         }
-        Ok(self.alloc_at_end(count)? << self.layout.cluster_bits)
+        let start = match self.find_run(count)? {
+            Some(start) => start,
+            None => return Ok(self.alloc_at_end(count, true)? << self.layout.cluster_bits),
+        };
+        Ok(self.take(start, count)?.offset)
+    }
+
+    /// `count` contiguous free clusters, all counted by one block that exists.
+    fn find_run(&mut self, count: u64) -> Result<Option<u64>> {
+        let storage = Arc::clone(&self.storage);
+        let entries = self.layout.block_entries();
+        let mut from = self.refs.hint;
+        while from / entries < self.refs.table.len() as u64 {
+            match self.refs.free_run(storage.as_ref(), from, count)? {
+                Some((start, found)) if found == count => return Ok(Some(start)),
+                Some((start, found)) => from = start + found,
+                None => from = (from / entries + 1) * entries,
+            }
+        }
+        Ok(None)
     }
 
     /// Sets the refcount of free clusters to one, and makes the file long enough for them.
@@ -111,7 +130,7 @@ impl Meta {
     }
 
     /// Takes `count` contiguous clusters past all others, with the blocks that they need right behind them.
-    fn alloc_at_end(&mut self, count: u64) -> Result<u64> {
+    fn alloc_at_end(&mut self, count: u64, may_grow: bool) -> Result<u64> {
         let storage = Arc::clone(&self.storage);
         let entries = self.layout.block_entries();
         let mut start = self.layout.clusters(self.file_end);
@@ -145,8 +164,13 @@ impl Meta {
         let end = start + count + blocks.len() as u64;
         let last = (end - 1) / entries;
         if last >= self.refs.table.len() as u64 {
+            if !may_grow {
+                return Err(Error::Limit(
+                    "the refcount table cannot grow to cover itself".into(),
+                ));
+            }
             self.grow_table(last + 1)?;
-            return self.alloc_at_end(count);
+            return self.alloc_at_end(count, false);
         }
         self.claim(start, end - start)?;
         for (k, index) in blocks.iter().enumerate() {
@@ -180,21 +204,11 @@ impl Meta {
         }
         let old_len = self.refs.table.len();
         self.refs.table.resize(capacity as usize, 0);
-        let start = match self.alloc_at_end(clusters) {
-            Ok(start) => start,
-            Err(e) => {
-                self.refs.table.truncate(old_len);
-                return Err(e);
-            }
-        };
-        let offset = start << self.layout.cluster_bits;
-        let storage = Arc::clone(&self.storage);
-        self.refs.blocks.write_back(storage.as_ref())?;
-        let bytes = word_bytes(&self.refs.table, clusters * size);
-        storage
-            .write_at(&bytes, offset)
-            .map_err(Error::io("writing", "image file", offset))?;
-        self.flush_image()?;
+        let moved = self.move_table(clusters);
+        if moved.is_err() {
+            self.forget_entries(old_len);
+        }
+        let offset = moved?;
         self.refs.dirty_entries.clear();
         self.header.refcount_table_offset = offset;
         self.header.refcount_table_clusters = clusters as u32;
@@ -205,5 +219,25 @@ impl Meta {
             self.release(old_offset + i * size)?;
         }
         Ok(())
+    }
+
+    /// Writes the whole table, and all blocks, to new clusters.
+    fn move_table(&mut self, clusters: u64) -> Result<u64> {
+        let storage = Arc::clone(&self.storage);
+        let offset = self.alloc_at_end(clusters, false)? << self.layout.cluster_bits;
+        self.refs.blocks.write_back(storage.as_ref())?;
+        let bytes = word_bytes(&self.refs.table, clusters * self.layout.cluster_size());
+        self.write_image(&bytes, offset)?;
+        self.flush_image()?;
+        Ok(offset)
+    }
+
+    /// Cuts the table in memory back to what the one on disk can hold.
+    fn forget_entries(&mut self, length: usize) {
+        for offset in self.refs.table.drain(length..).filter(|o| *o != 0) {
+            self.refs.blocks.remove(offset);
+            self.tables.remove(&offset);
+        }
+        self.refs.dirty_entries.retain(|i| *i < length);
     }
 }

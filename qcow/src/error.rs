@@ -52,6 +52,9 @@ pub enum Error {
     /// The corrupt bit is set in the header: only reading and repair are allowed.
     #[error("the image is marked corrupt: open it read-only, or repair it")]
     MarkedCorrupt,
+    /// An earlier failure left it unknown what is on the disk, so the image takes no more writes until it is opened anew.
+    #[error("the image takes no more writes after an earlier failure: open it anew")]
+    Stopped,
     /// A write to an image that was opened for reading.
     #[error("the image is read-only")]
     ReadOnly,

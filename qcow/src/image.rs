@@ -124,7 +124,7 @@ impl Image {
             let repaired = image.repair_dirty();
             if repaired.is_err() {
                 // Closing it must not call it clean.
-                image.lock().writable = false;
+                image.lock().stop();
             }
             repaired?;
         }
@@ -163,17 +163,28 @@ impl Image {
     pub fn flush(&self) -> Result<()> {
         {
             let mut meta = self.lock();
+            if let Some(reason) = meta.stop_reason() {
+                return Err(reason);
+            }
             if meta.writable && meta.is_dirty() {
                 return meta.flush_all();
             }
         }
-        if let Some(data) = &self.data {
-            data.flush()
-                .map_err(Error::io("flushing", "data file", 0))?;
-        }
-        self.storage
+        // Without the lock: there is only data to flush.
+        let data = self
+            .data
+            .as_ref()
+            .map_or(Ok(()), |d| d.flush())
+            .map_err(Error::io("flushing", "data file", 0));
+        let image = self
+            .storage
             .flush()
-            .map_err(Error::io("flushing", "image file", 0))
+            .map_err(Error::io("flushing", "image file", 0));
+        let result = data.and(image);
+        if result.is_err() {
+            self.lock().stop();
+        }
+        result
     }
 
     /// Flushes and closes the image.
@@ -186,10 +197,10 @@ impl Image {
 
     fn finish(&self) -> Result<()> {
         let mut meta = self.exclusive();
-        if meta.writable && !self.structure_only {
-            meta.clean()
-        } else {
-            Ok(())
+        match meta.stop_reason() {
+            Some(reason) => Err(reason),
+            None if meta.writable && !self.structure_only => meta.clean(),
+            None => Ok(()),
         }
     }
 
@@ -197,7 +208,7 @@ impl Image {
     pub(crate) fn lock(&self) -> MutexGuard<'_, Meta> {
         self.meta.lock().unwrap_or_else(|poisoned| {
             let mut meta = poisoned.into_inner();
-            meta.writable = false;
+            meta.stop();
             meta
         })
     }
@@ -205,7 +216,7 @@ impl Image {
     pub(crate) fn wait<'a>(&self, meta: MutexGuard<'a, Meta>) -> MutexGuard<'a, Meta> {
         self.changed.wait(meta).unwrap_or_else(|poisoned| {
             let mut meta = poisoned.into_inner();
-            meta.writable = false;
+            meta.stop();
             meta
         })
     }
@@ -354,6 +365,7 @@ pub(crate) fn load(
     let mut meta = Meta {
         l2: Cache::new(options.l2_cache, layout.cluster_size() as usize),
         writable: options.write,
+        stopped: false,
         backed,
         l1_dirty: Default::default(),
         tables: Default::default(),

@@ -2,10 +2,15 @@
 //!
 //! | where | what |
 //! |---|---|
-//! | [`Image`] | an open image: `open`, `create`, `read_at`, `write_at`, `write_zeroes`, `discard`, `flush` |
-//! | [`OpenOptions`], [`CreateOptions`] | how; nothing else is opened unless they say so |
+//! | [`Image`] | an open image. Data: `read_at`, `write_at`, `write_compressed_at`, `write_zeroes`, `discard`, `flush`. Structure: `create_snapshot`, `apply_snapshot`, `delete_snapshot`, `resize`, `map`, `info`, `check` |
+//! | [`OpenOptions`], [`CreateOptions`] | how; no other file is opened unless they say so |
+//! | [`check()`], [`Repair`] | an image from outside, corrupt ones too |
+//! | [`Convert`], [`commit`] | whole disks from file to file |
+//! | [`Hold`] | for who moves data with its own asynchronous I/O |
 //! | [`Storage`] | where the bytes live: [`FileStorage`], [`MemStorage`], or your own |
 //! | [`Header`] | the header alone, for who wants to look first |
+//!
+//! Any number of threads may use one [`Image`]. The lock in it covers metadata; data is read and written without it.
 //!
 //! Images are hostile input: a malformed one is an [`Error`], never a panic or an endless loop. A kill at any moment leaves at worst
 //! leaked clusters, because metadata reaches the disk in order (`writeback.rs`).
@@ -48,6 +53,7 @@ mod bitmap;
 mod check;
 mod convert;
 mod create;
+mod direct;
 mod error;
 mod image;
 mod map;
@@ -63,6 +69,7 @@ mod zero;
 pub use bitmap::Bitmap;
 pub use check::{CheckReport, Repair, check, check_storage};
 pub use convert::{Convert, Format, Progress, commit};
+pub use direct::{Hold, Piece, Place};
 pub use error::{Error, Result};
 pub use header::{BitmapExtension, Compression, Header, MAGIC, is_qcow2};
 pub use image::Image;

@@ -29,6 +29,8 @@ pub(crate) struct Meta {
     pub header: Header,
     pub layout: Layout,
     pub writable: bool,
+    /// Writes ended early, because metadata is corrupt or what the disk holds is not known.
+    pub stopped: bool,
     /// Whether a backing file is in use.
     pub backed: bool,
     pub l1: Vec<u64>,
@@ -61,11 +63,7 @@ impl Meta {
     /// Fails unless the image takes writes, and does what must be done before the first one.
     pub fn prepare_write(&mut self) -> Result<()> {
         if !self.writable {
-            return Err(if self.header.corrupt() {
-                Error::MarkedCorrupt
-            } else {
-                Error::ReadOnly
-            });
+            return Err(self.stop_reason().unwrap_or(Error::ReadOnly));
         }
         // Bitmaps do not follow our writes, and unknown features cannot: say so before anything changes.
         let stale = self.header.autoclear & (autoclear::BITMAPS | !autoclear::KNOWN);
@@ -88,21 +86,43 @@ impl Meta {
     /// Writes the header's changing fields, all in one sector.
     pub fn write_header(&mut self) -> Result<()> {
         let at = Header::MUTABLE_OFFSET;
-        self.storage
-            .write_at(&self.header.mutable_fields(), at)
-            .map_err(Error::io("writing", "image file", at))
+        let written = self.storage.write_at(&self.header.mutable_fields(), at);
+        written.map_err(|e| {
+            // Which of the two headers is there now, nobody knows.
+            self.stop();
+            Error::io("writing", "image file", at)(e)
+        })
     }
 
-    pub fn flush_image(&self) -> Result<()> {
-        self.storage
-            .flush()
-            .map_err(Error::io("flushing", "image file", 0))
+    /// A barrier. Where it fails, the host may have dropped what was written before, and no later flush would tell.
+    pub fn flush_image(&mut self) -> Result<()> {
+        let flushed = self.storage.flush();
+        flushed.map_err(|e| {
+            self.stop();
+            Error::io("flushing", "image file", 0)(e)
+        })
+    }
+
+    /// Ends all writes.
+    pub fn stop(&mut self) {
+        self.stopped |= self.writable;
+        self.writable = false;
+    }
+
+    /// Why there are no more writes, if they ended early.
+    pub fn stop_reason(&self) -> Option<Error> {
+        let reason = if self.header.corrupt() {
+            Error::MarkedCorrupt
+        } else {
+            Error::Stopped
+        };
+        self.stopped.then_some(reason)
     }
 
     /// Marks the image corrupt on disk, where its version can, and stops all writes. Returns the error to give to the caller.
     pub fn corrupt(&mut self, why: impl Into<String>) -> Error {
         if self.writable {
-            self.writable = false;
+            self.stop();
             if self.header.version >= 3 {
                 self.header.incompatible |= incompatible::CORRUPT;
                 // The error that is being reported is worse than one of these.

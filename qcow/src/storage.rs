@@ -57,6 +57,11 @@ pub trait Storage: Send + Sync + Debug {
         let _ = (offset, len);
         Ok(())
     }
+
+    /// The file below, where there is one with the same bytes at the same offsets.
+    fn as_file(&self) -> Option<&File> {
+        None
+    }
 }
 
 impl<S: Storage + ?Sized> Storage for std::sync::Arc<S> {
@@ -82,6 +87,10 @@ impl<S: Storage + ?Sized> Storage for std::sync::Arc<S> {
 
     fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
         (**self).discard(offset, len)
+    }
+
+    fn as_file(&self) -> Option<&File> {
+        (**self).as_file()
     }
 }
 
@@ -137,6 +146,10 @@ impl Storage for FileStorage {
 
     fn set_len(&self, len: u64) -> io::Result<()> {
         self.file.set_len(len)
+    }
+
+    fn as_file(&self) -> Option<&File> {
+        Some(&self.file)
     }
 
     #[allow(unsafe_code)]

@@ -106,7 +106,10 @@ impl Meta {
         self.header.refcount_table_clusters = clusters as u32;
         self.write_header()?;
         self.flush_image()?;
-        self.reload()?;
+        if let Err(e) = self.reload() {
+            self.stop();
+            return Err(e);
+        }
         for offset in old.into_iter().filter(|o| *o != 0 && layout.aligned(*o)) {
             if self.punch_holes && counts.get(offset >> layout.cluster_bits) == 0 {
                 // A hint only.

@@ -50,7 +50,7 @@ struct Fill {
 }
 
 /// Whether every unit of the range within one cluster holds data.
-fn all_data(meta: &Meta, entry: &L2Entry, from: u64, to: u64) -> bool {
+pub(crate) fn all_data(meta: &Meta, entry: &L2Entry, from: u64, to: u64) -> bool {
     let unit = meta.layout.unit_size();
     (from / unit..to.div_ceil(unit)).all(|u| entry.unit(&meta.layout, u) == Unit::Data)
 }

@@ -77,10 +77,14 @@ impl Meta {
         Ok(())
     }
 
-    fn flush_files(&self) -> Result<()> {
+    /// The barrier between data and what points to it.
+    pub fn flush_files(&mut self) -> Result<()> {
         if let Some(data) = &self.data {
-            data.flush()
-                .map_err(Error::io("flushing", "data file", 0))?;
+            let flushed = data.flush();
+            flushed.map_err(|e| {
+                self.stop();
+                Error::io("flushing", "data file", 0)(e)
+            })?;
         }
         self.flush_image()
     }
