@@ -11,13 +11,17 @@
 
 mod acpi;
 mod boot;
+mod clock;
 mod cpu;
+mod dma;
 mod map;
 mod mem;
+mod outcome;
 mod pci;
 mod power;
 mod serial;
 mod tests;
+mod virtio;
 
 use core::panic::PanicInfo;
 

@@ -53,14 +53,14 @@ pub fn device(address: u64, size: u64) -> Option<u64> {
     Some(WINDOW + slot as u64 * PAGE + address % PAGE)
 }
 
-/// Reads device memory.
+/// Reads device memory, or memory that a device shares.
 pub fn read<T: Copy>(at: u64) -> T {
-    // SAFETY: callers give addresses that `device` answered, and plain integers, aligned.
+    // SAFETY: callers give addresses from `device` or `dma`, and plain integers, aligned.
     unsafe { (at as *const T).read_volatile() }
 }
 
-/// Writes device memory.
+/// Writes device memory, or memory that a device shares.
 pub fn write<T: Copy>(at: u64, value: T) {
-    // SAFETY: callers give addresses that `device` answered, and plain integers, aligned.
+    // SAFETY: callers give addresses from `device` or `dma`, and plain integers, aligned.
     unsafe { (at as *mut T).write_volatile(value) }
 }

@@ -1,5 +1,7 @@
-//! PCI: configuration space by ports 0xcf8 and 0xcfc and by ECAM, base address registers and capabilities
+//! PCI: configuration space by ports 0xcf8 and 0xcfc and by ECAM, base address registers, capabilities, MSI-X
 //! (PCI Local Bus 3.0 §3.2.2.3, §6; PCI Express 4.0 §7.2.2).
+
+pub mod msix;
 
 use crate::cpu::{inb, inl, inw, outb, outl, outw};
 use crate::{acpi, map};
@@ -13,6 +15,9 @@ pub const DATA_PORT: u16 = 0xcfc;
 pub const COMMAND_IO: u16 = 1;
 /// Command register: answer in memory space.
 pub const COMMAND_MEMORY: u16 = 2;
+
+/// Command register: may read and write memory and send MSIs.
+pub const COMMAND_MASTER: u16 = 4;
 
 const COMMAND: u16 = 4;
 const FIRST_BAR: u16 = 0x10;
@@ -223,6 +228,18 @@ impl Function {
         let ones = self.read32(at);
         self.write32(at, old);
         (old, ones)
+    }
+
+    /// Moves a base address register; decoding is off meanwhile.
+    pub fn move_bar(self, bar: &Bar, address: u64) {
+        let at = FIRST_BAR + u16::from(bar.index) * 4;
+        let command = self.command();
+        self.set_command(command & !(COMMAND_IO | COMMAND_MEMORY));
+        self.write32(at, address as u32);
+        if bar.space == Space::Memory64 {
+            self.write32(at + 4, (address >> 32) as u32);
+        }
+        self.set_command(command);
     }
 
     /// Offsets and ids of its capabilities; at most 48, so a loop ends too.

@@ -1,6 +1,6 @@
 //! Local APIC, in x2APIC mode where CPUID has it, and the I/O APIC (Intel SDM vol. 3, chapter 10; 82093AA data sheet).
 
-use core::sync::atomic::{AtomicBool, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use super::idt::SPURIOUS;
 use super::{cpuid, outb, rdmsr, wrmsr};
@@ -8,6 +8,7 @@ use super::{cpuid, outb, rdmsr, wrmsr};
 const LAPIC: u64 = 0xfee0_0000;
 const IOAPIC: u64 = 0xfec0_0000;
 static X2APIC: AtomicBool = AtomicBool::new(false);
+static FIRST: AtomicU32 = AtomicU32::new(u32::MAX);
 
 /// Register of the local APIC by its xAPIC offset.
 #[derive(Clone, Copy)]
@@ -38,6 +39,12 @@ pub fn init() {
         X2APIC.store(true, Ordering::Relaxed);
     }
     write(Reg::Spurious, 0x100 | u32::from(SPURIOUS));
+    let _ = FIRST.compare_exchange(u32::MAX, id(), Ordering::AcqRel, Ordering::Relaxed);
+}
+
+/// APIC id of the boot processor, which was the first here; at any CPL.
+pub fn boot_id() -> u32 {
+    FIRST.load(Ordering::Acquire)
 }
 
 /// Silences the two 8259s, which firmware may have left ticking.

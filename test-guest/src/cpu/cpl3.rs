@@ -17,7 +17,7 @@ struct Tss {
 }
 
 #[repr(align(16))]
-struct Stack(#[expect(dead_code, reason = "only its address is used")] [u8; 16384]);
+struct Stack(#[expect(dead_code, reason = "only its address is used")] [u8; 65536]);
 
 unsafe extern "C" {
     static mut gdt_tss: [u64; 2];
@@ -43,7 +43,7 @@ static mut TSS: Tss = Tss {
         ports
     },
 };
-static mut STACK: Stack = Stack([0; 16384]);
+static mut STACK: Stack = Stack([0; 65536]);
 
 /// Loads the TSS and sets up SYSCALL on the boot processor.
 pub fn init() {
@@ -76,9 +76,9 @@ pub fn leave(value: u64) -> ! {
 /// Runs `function(argument)` at CPL 3, natively, with all ports (by IOPL 3, and by the TSS where a KVM loses IOPL) and
 /// all memory open to it.
 pub fn run(function: extern "C" fn(u64) -> u64, argument: u64) -> u64 {
-    // SAFETY: one run at a time, on the boot processor; the stack is big enough for the leaf functions given here.
+    // SAFETY: one run at a time, on the boot processor; the stack is big enough for the tests given here.
     unsafe {
-        let top = &raw const STACK as u64 + 16384;
+        let top = &raw const STACK as u64 + 65536;
         enter_user(
             function as *const () as u64,
             argument,

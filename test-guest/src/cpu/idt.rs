@@ -16,6 +16,10 @@ pub const TIMER: u8 = 0x30;
 pub const PING: u8 = 0x31;
 /// Vector of the answer.
 pub const PONG: u8 = 0x32;
+/// First vector of devices.
+pub const DEVICE: u8 = 0x33;
+/// How many vectors devices have.
+pub const DEVICE_COUNT: u8 = 12;
 /// Vector of spurious APIC interrupts.
 pub const SPURIOUS: u8 = 0x3f;
 

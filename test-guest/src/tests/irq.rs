@@ -1,8 +1,8 @@
 //! Interrupts and time: COM1 through the I/O APIC, LAPIC timer, HLT, TSC, kvmclock.
 
-use super::ports::PM_TIMER;
 use super::{Outcome, ensure, same};
 use crate::boot::peek;
+use crate::clock::PM_TIMER;
 use crate::cpu::apic::{self, Reg};
 use crate::cpu::{
     cpuid, disable_interrupts, enable_interrupts, idt, inl, rdmsr, rdtsc, wait_for_interrupt, wrmsr,

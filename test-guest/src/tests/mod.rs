@@ -4,31 +4,20 @@ mod acpi;
 mod boot;
 mod insn;
 mod irq;
+mod pattern;
 mod pci;
+mod pci_bar;
 mod ports;
 mod smp;
+mod virtio_blk;
+mod virtio_hostile;
+mod virtio_reset;
+mod virtio_rng;
+mod virtio_transport;
 
+use crate::cpu::cpl3;
 use crate::line;
-
-/// What a test ends with: nothing more to say, or why it failed.
-pub type Outcome = Result<(), Reason>;
-
-/// Why a test failed: a sentence and the numbers it is about (got, wanted).
-pub struct Reason(pub &'static str, pub u64, pub u64);
-
-/// Fails with the sentence unless `got == wanted`.
-pub fn same(what: &'static str, got: u64, wanted: u64) -> Outcome {
-    if got == wanted {
-        Ok(())
-    } else {
-        Err(Reason(what, got, wanted))
-    }
-}
-
-/// Fails with the sentence unless it holds.
-pub fn ensure(what: &'static str, holds: bool) -> Outcome {
-    same(what, u64::from(holds), 1)
-}
+use crate::outcome::{Outcome, Reason, ensure, same};
 
 /// A name and what it runs.
 type Test = (&'static str, fn() -> Outcome);
@@ -52,7 +41,38 @@ const TESTS: &[Test] = &[
     ("instructions", insn::instructions),
     ("syscall", insn::syscall),
     ("pci", pci::pci),
+    ("pci_bar_move", pci_bar::moves),
+    ("pci_bar_hostile", pci_bar::hostile),
+    ("virtio_rng", virtio_rng::rng),
+    ("virtio_msix", virtio_rng::msix),
+    ("virtio_transport", virtio_transport::transport),
+    ("virtio_strict", virtio_transport::strict),
+    ("virtio_blk", virtio_blk::blk),
+    ("virtio_blk_fill", virtio_blk::fill),
+    ("virtio_blk_verify", virtio_blk::verify),
+    ("virtio_blk_reset", virtio_reset::reset),
+    ("virtio_blk_hostile", virtio_hostile::hostile),
 ];
+
+/// Runs the body of a test at CPL 3, where it is native.
+fn at_cpl3(body: fn() -> Outcome) -> Outcome {
+    struct Call {
+        body: fn() -> Outcome,
+        outcome: Outcome,
+    }
+    extern "C" fn go(at: u64) -> u64 {
+        // SAFETY: `at` points at the call that `at_cpl3` keeps on its stack meanwhile.
+        let call = unsafe { &mut *(at as *mut Call) };
+        call.outcome = (call.body)();
+        0
+    }
+    let mut call = Call {
+        body,
+        outcome: Ok(()),
+    };
+    cpl3::run(go, &raw mut call as u64);
+    call.outcome
+}
 
 /// Runs the tests named in a `,`-separated list; how many failed, unknown names included.
 pub fn run(names: &str) -> u32 {

@@ -2,30 +2,10 @@
 //!
 //! `pci_devices=N` is how many functions there are to be.
 
-use super::{Outcome, Reason, ensure, same};
-use crate::cpu::{cpl3, inl, outl};
+use super::{Outcome, Reason, at_cpl3, ensure, same};
+use crate::cpu::{inl, outl};
 use crate::pci::{ADDRESS_PORT, Bar, DATA_PORT, Function, Space, functions};
 use crate::{acpi, boot, line, map, number};
-
-/// Runs the body of a test at CPL 3, where it is native.
-pub fn at_cpl3(body: fn() -> Outcome) -> Outcome {
-    struct Call {
-        body: fn() -> Outcome,
-        outcome: Outcome,
-    }
-    extern "C" fn go(at: u64) -> u64 {
-        // SAFETY: `at` points at the call that `at_cpl3` keeps on its stack meanwhile.
-        let call = unsafe { &mut *(at as *mut Call) };
-        call.outcome = (call.body)();
-        0
-    }
-    let mut call = Call {
-        body,
-        outcome: Ok(()),
-    };
-    cpl3::run(go, &raw mut call as u64);
-    call.outcome
-}
 
 /// Lists bus 0; ports and ECAM agree on every byte; absent functions read all ones.
 pub fn pci() -> Outcome {

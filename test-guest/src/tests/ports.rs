@@ -1,11 +1,9 @@
 //! Devices behind ports: CMOS, i8042, debug port, PM timer.
 
 use super::{Outcome, ensure, same};
+use crate::clock::PM_TIMER;
 use crate::cpu::{inb, inl, outb};
 use crate::{line, number};
-
-/// PM timer, 3.579545 MHz.
-pub const PM_TIMER: u16 = 0x608;
 
 fn cmos(index: u8) -> u8 {
     outb(0x70, index);
