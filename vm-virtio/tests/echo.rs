@@ -227,6 +227,7 @@ impl<M: DeviceMemory> VirtioDevice<M> for Echo<M> {
             spawn,
         } = activation;
         assert_eq!(features & !(RING_FEATURES | FEATURE), 0);
+        assert!(self.worker.is_none(), "it works already");
         let done = EventFd::new(EFD_NONBLOCK)
             .map_err(|e| DeviceError::Device("creating an eventfd", e.into()))?;
         let [first, second] = <[DeviceQueue; 2]>::try_from(queues).expect("two queues");

@@ -1,14 +1,13 @@
 //! A device that cannot do what is asked of it.
 
-use std::marker::PhantomData;
-
 use serde::{Deserialize, Serialize};
 use vm_migration::Schema;
 
 use super::*;
 use crate::feature::{ACCESS_PLATFORM, RING_FEATURES};
+use crate::testing::Request;
 use crate::testing::{Guest, TestInterrupt, TestMemory, memory, spawn};
-use crate::{WorkerError, read_config_bytes, status};
+use crate::{Chain, WorkerError, read_config_bytes, status};
 
 #[derive(Deserialize, Serialize)]
 struct BrittleV1 {}
@@ -18,10 +17,27 @@ impl Schema for BrittleV1 {
     const VERSION: u32 = 1;
 }
 
-/// Starts if it is told to, and loses its queues then.
+/// What a device does.
+#[derive(Clone, Copy, PartialEq)]
+enum Does {
+    /// It does not start.
+    NotStart,
+    /// It starts, and loses its queues.
+    NotStop,
+    /// It uses a chain when it is to stop, and tells nobody.
+    UseLate,
+}
+
 struct Brittle<M> {
-    starts: bool,
-    memory: PhantomData<M>,
+    does: Does,
+    at_work: Option<(M, Vec<DeviceQueue>)>,
+}
+
+fn brittle(does: Does) -> Box<Brittle<TestMemory>> {
+    Box::new(Brittle {
+        does,
+        at_work: None,
+    })
 }
 
 impl<M: DeviceMemory> VirtioDevice<M> for Brittle<M> {
@@ -50,19 +66,29 @@ impl<M: DeviceMemory> VirtioDevice<M> for Brittle<M> {
         assert!(offset + data.len() <= 6);
     }
 
-    fn activate(&mut self, _: Activation<M>) -> Result<(), DeviceError> {
-        if self.starts {
-            Ok(())
-        } else {
-            Err(DeviceError::Device("opening the tap", "no tap".into()))
+    fn activate(&mut self, activation: Activation<M>) -> Result<(), DeviceError> {
+        if self.does == Does::NotStart {
+            return Err(DeviceError::Device("opening the tap", "no tap".into()));
         }
+        self.at_work = Some((activation.memory, activation.queues));
+        Ok(())
     }
 
     fn deactivate(&mut self) -> Result<Vec<DeviceQueue>, DeviceError> {
-        Err(WorkerError::Gone {
-            name: "brittle".to_owned(),
+        match self.at_work.take() {
+            Some((memory, mut queues)) if self.does == Does::UseLate => {
+                let mut chain = Chain::new();
+                assert!(queues[0].pop(&*memory.memory(), &mut chain).unwrap());
+                queues[0]
+                    .add_used(&*memory.memory(), chain.head(), 0)
+                    .unwrap();
+                Ok(queues)
+            }
+            _ => Err(WorkerError::Gone {
+                name: "brittle".to_owned(),
+            }
+            .into()),
         }
-        .into())
     }
 
     fn save(&self, id: &str) -> Result<Section, MigrationError> {
@@ -74,11 +100,8 @@ impl<M: DeviceMemory> VirtioDevice<M> for Brittle<M> {
     }
 }
 
-fn guest(starts: bool) -> Guest {
-    let mut guest = Guest::new(Box::new(Brittle::<TestMemory> {
-        starts,
-        memory: PhantomData,
-    }));
+fn guest(does: Does) -> Guest {
+    let mut guest = Guest::new(brittle(does));
     assert!(guest.negotiate(RING_FEATURES));
     guest.set_up_queues();
     guest
@@ -97,7 +120,7 @@ fn line(error: &CoreError) -> String {
 
 #[test]
 fn a_device_that_does_not_start_asks_for_a_reset() {
-    let mut guest = guest(false);
+    let mut guest = guest(Does::NotStart);
     let status = guest.core.registers().status() | status::DRIVER_OK;
     let error = guest.core.write_status(status).unwrap_err();
     assert_eq!(
@@ -119,13 +142,13 @@ fn a_device_that_does_not_start_asks_for_a_reset() {
 fn a_device_that_does_not_stop_is_reset_all_the_same() {
     let stop = "stopping a virtio device of type 99: running its workers: \
                 thread \"brittle\" is gone, and its queues with it";
-    let mut guest = guest(true);
+    let mut guest = guest(Does::NotStop);
     guest.driver_ok();
     assert!(guest.core.is_active());
     assert_eq!(line(&guest.core.write_status(0).unwrap_err()), stop);
     assert_eq!(guest.core.registers().status(), 0);
 
-    guest = self::guest(true);
+    guest = self::guest(Does::NotStop);
     guest.driver_ok();
     assert_eq!(line(&guest.core.pause().unwrap_err()), stop);
     guest.wait_needs_reset();
@@ -135,7 +158,7 @@ fn a_device_that_does_not_stop_is_reset_all_the_same() {
 
 #[test]
 fn a_device_sees_only_accesses_to_what_it_has() {
-    let mut guest = guest(true);
+    let mut guest = guest(Does::NotStop);
     let read = |core: &DeviceCore<TestMemory>, offset| {
         let mut data = [0xee; 4];
         core.read_config(offset, &mut data);
@@ -153,10 +176,7 @@ fn a_device_sees_only_accesses_to_what_it_has() {
 
 #[test]
 fn the_machine_can_add_features() {
-    let device = Box::new(Brittle::<TestMemory> {
-        starts: true,
-        memory: PhantomData,
-    });
+    let device = brittle(Does::NotStart);
     let interrupt = Arc::new(TestInterrupt::default());
     let mut core = DeviceCore::new(device, ACCESS_PLATFORM, memory(), interrupt, spawn()).unwrap();
     let offered = RING_FEATURES | ACCESS_PLATFORM;
@@ -171,4 +191,18 @@ fn the_machine_can_add_features() {
 fn a_core_can_be_a_bus_device_in_a_lock() {
     fn goes_anywhere<T: Send>() {}
     goes_anywhere::<DeviceCore<TestMemory>>();
+}
+
+#[test]
+fn what_is_used_last_before_a_pause_is_told_at_once() {
+    let mut guest = guest(Does::UseLate);
+    guest.driver_ok();
+    let request = Request {
+        readable: vec![1],
+        writable: 0,
+    };
+    guest.offer(0, &request);
+    guest.core.pause().unwrap();
+    assert_eq!(guest.interrupt.queue_count(0), 1);
+    assert!(guest.take_used(0).is_some());
 }

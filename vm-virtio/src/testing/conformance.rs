@@ -28,7 +28,7 @@ pub trait Subject {
 }
 
 /// Tests of a device: `conformance!(module_name, subject)`, where `subject` is an expression whose value is a
-/// [`Subject`](crate::testing::conformance::Subject).
+/// [`Subject`](crate::testing::conformance::Subject). `tests/echo.rs` of this crate shows a whole device put to it.
 #[macro_export]
 macro_rules! conformance {
     ($name:ident, $subject:expr) => {
