@@ -37,6 +37,12 @@ pub enum RngError {
         #[source]
         source: io::Error,
     },
+    /// The source is a directory, which has no bytes.
+    #[error("the source of entropy {path:?} is a directory")]
+    Directory {
+        /// Its path.
+        path: PathBuf,
+    },
     /// There is no second descriptor of it, for the device's thread.
     #[error("using the source of entropy {path:?}")]
     Share {
@@ -60,16 +66,22 @@ impl<M> Rng<M> {
     /// Reads from `path`. `id` names the device's thread.
     ///
     /// # Errors
-    /// [`RngError::Open`].
+    /// [`RngError::Open`], [`RngError::Directory`].
     pub fn open(id: &str, path: &Path) -> Result<Self, RngError> {
+        let failed = |source| RngError::Open {
+            path: path.to_owned(),
+            source,
+        };
         let source = OpenOptions::new()
             .read(true)
             .custom_flags(O_NONBLOCK)
             .open(path)
-            .map_err(|source| RngError::Open {
+            .map_err(failed)?;
+        if source.metadata().map_err(failed)?.is_dir() {
+            return Err(RngError::Directory {
                 path: path.to_owned(),
-                source,
-            })?;
+            });
+        }
         Ok(Self {
             id: id.to_owned(),
             path: path.to_owned(),
@@ -217,5 +229,111 @@ fn fill<M: GuestMemory>(source: &mut File, memory: &M, chain: &Chain) -> Result<
             Err(Fault::Request("the source of entropy has ended"))
         }
         _ => Ok(Outcome::Used(filled)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{PipeReader, PipeWriter, Write, pipe};
+
+    use vm_virtio::testing::conformance::Subject;
+    use vm_virtio::testing::{Guest, Request, TestMemory};
+
+    use super::*;
+
+    fn open(path: &Path) -> Box<dyn VirtioDevice<TestMemory>> {
+        Box::new(Rng::open("rng", path).unwrap())
+    }
+
+    /// A device whose source is what a test writes.
+    fn piped() -> (Guest, PipeReader, PipeWriter) {
+        let (reader, writer) = pipe().unwrap();
+        let path = format!("/proc/self/fd/{}", reader.as_raw_fd());
+        (Guest::running(open(Path::new(&path))), reader, writer)
+    }
+
+    fn room(writable: u32) -> Request {
+        Request {
+            readable: Vec::new(),
+            writable,
+        }
+    }
+
+    struct Urandom;
+
+    impl Subject for Urandom {
+        fn device(&self) -> Box<dyn VirtioDevice<TestMemory>> {
+            open(Path::new("/dev/urandom"))
+        }
+
+        fn request(&self, n: u32) -> Request {
+            room(64 + n % 64)
+        }
+
+        fn check(&self, n: u32, answer: &[u8]) {
+            assert_eq!(answer.len(), 64 + n as usize % 64);
+            // Once in 2^512 this is wrong.
+            assert!(answer.iter().any(|byte| *byte != 0));
+        }
+    }
+
+    vm_virtio::conformance!(conformance, Urandom);
+
+    #[test]
+    fn what_the_source_gives_is_what_the_driver_gets() {
+        let (mut guest, _reader, mut writer) = piped();
+        writer.write_all(b"0123456789").unwrap();
+        assert_eq!(guest.ask(0, &room(4)), b"0123");
+        // Less than there is room for.
+        assert_eq!(guest.ask(0, &room(100)), b"456789");
+    }
+
+    #[test]
+    fn a_source_that_has_nothing_is_waited_for() {
+        let (mut guest, _reader, mut writer) = piped();
+        for round in 0..3 {
+            guest.offer(0, &room(8));
+            guest.offer(0, &room(8));
+            guest.kick(0);
+            // Neither holds it up.
+            guest.core.pause().unwrap();
+            assert_eq!(guest.take_used(0), None);
+            guest.core.resume().unwrap();
+            writer.write_all(&[round; 12]).unwrap();
+            assert_eq!(guest.wait_used(0).1, [round; 8]);
+            assert_eq!(guest.wait_used(0).1, [round; 4]);
+        }
+    }
+
+    #[test]
+    fn a_source_that_ends_wants_a_reset() {
+        let (mut guest, _reader, writer) = piped();
+        drop(writer);
+        guest.offer(0, &room(8));
+        guest.kick(0);
+        guest.wait_needs_reset();
+        assert_eq!(guest.take_used(0), None);
+    }
+
+    #[test]
+    fn a_request_is_bounded() {
+        let mut guest = Guest::running(open(Path::new("/dev/urandom")));
+        assert_eq!(guest.ask(0, &room(300_000)).len(), 64 << 10);
+    }
+
+    #[test]
+    fn there_must_be_a_source() {
+        let refused = |path| {
+            let opened = Rng::<TestMemory>::open("rng", Path::new(path));
+            opened.err().unwrap().to_string()
+        };
+        assert_eq!(
+            refused("/no/such"),
+            r#"opening the source of entropy "/no/such""#
+        );
+        assert_eq!(
+            refused("/proc"),
+            r#"the source of entropy "/proc" is a directory"#
+        );
     }
 }

@@ -1,1 +1,0 @@
-//! The device as its driver sees it, through the BAR.
