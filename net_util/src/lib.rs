@@ -1,0 +1,33 @@
+//! Network interfaces of the host, as a virtual machine uses them and without the machine: taps that are created, found by
+//! name or handed over as descriptors, macvtaps, their addresses and offloads, packets in and out.
+//!
+//! ```no_run
+//! use std::io::{Read, Write};
+//! use net_util::{MacAddr, Offloads, Tap, TapOptions};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! // Without a name the kernel makes up one. Gone with its last queue.
+//! let tap = Tap::open(&TapOptions { name: None, queues: 2 })?;
+//! let interface = tap.interface();
+//! interface.set_mac(MacAddr::random()?)?;
+//! interface.set_ipv4("192.168.249.1".parse()?, "255.255.255.0".parse()?)?;
+//! interface.set_mtu(9000)?;
+//! interface.set_up(true)?;
+//! tap.set_offloads(Offloads::CSUM | Offloads::TSO4 | Offloads::TSO6)?;
+//!
+//! let mut queue = &tap.queues()[0];
+//! let mut packet = [0; 65562];
+//! let len = queue.read(&mut packet)?;
+//! queue.write_all(&packet[..len])?;
+//! # Ok(()) }
+//! ```
+
+mod interface;
+mod mac;
+mod queue;
+mod tap;
+
+pub use interface::{Interface, InterfaceError};
+pub use mac::{MacAddr, MacError};
+pub use queue::{TapQueue, VNET_HEADER_LEN};
+pub use tap::{Offloads, Tap, TapError, TapOptions};
