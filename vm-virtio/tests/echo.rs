@@ -325,6 +325,10 @@ fn a_driver_may_start_with_some_queues_only() {
     guest.kick(1);
     let answer = guest.ask(0, &Echoes(0).request(5));
     Echoes(0).check(5, &answer);
+    guest = guest.moved_to(device);
+    guest.core.resume().unwrap();
+    let answer = guest.ask(0, &Echoes(0).request(6));
+    Echoes(0).check(6, &answer);
     guest.core.pause().unwrap();
     assert_eq!(guest.take_used(1), None);
 }

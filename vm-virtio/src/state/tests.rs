@@ -185,6 +185,16 @@ fn an_enabled_queue_does_not_move() {
 }
 
 #[test]
+fn a_queue_that_was_not_enabled_stays_so_once_the_device_runs() {
+    let mut state = running(VERSION_1);
+    let before = state.save();
+    state.write_queue_size(8);
+    state.write_queue_address(QueueAddress::Used, Half::Low, 0x1000);
+    state.write_queue_ready(true);
+    assert_eq!(state.save(), before);
+}
+
+#[test]
 fn the_device_speaks_up() {
     let state = running(VERSION_1);
     let transport = Arc::new(TestInterrupt::default());
@@ -294,8 +304,11 @@ fn any_write() -> impl Strategy<Value = Write> {
 
 proptest! {
     #[test]
-    fn no_order_of_writes_breaks_the_rules(writes in vec(any_write(), 0..200)) {
-        let mut state = state();
+    fn no_order_of_writes_breaks_the_rules(
+        starts_running in any::<bool>(),
+        writes in vec(any_write(), 0..200),
+    ) {
+        let mut state = if starts_running { running(VERSION_1) } else { state() };
         let interrupt = state.interrupt(Arc::new(TestInterrupt::default()));
         for write in writes {
             let before = state.save();
