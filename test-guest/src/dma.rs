@@ -1,8 +1,10 @@
-//! Memory for devices: taken one after the other from the RAM past the guest's image, given back all at once.
+//! Memory for devices: taken one after the other from the RAM past the guest's image (or from `dma=ADDRESS` on),
+//! given back all at once.
 
 use core::sync::atomic::{AtomicU64, Ordering};
 
 use crate::boot;
+use crate::number;
 use crate::outcome::{Outcome, Reason};
 
 const MIB: u64 = 1 << 20;
@@ -11,9 +13,10 @@ const SIZE: u64 = 16 * MIB;
 
 static NEXT: AtomicU64 = AtomicU64::new(0);
 
-/// First address and the one past the last: at most 16 MiB of the range that holds the image, short of the initramfs.
+/// First address and the one past the last: at most 16 MiB of one range of RAM, short of the initramfs.
 pub fn pool() -> (u64, u64) {
-    let start = boot::end_of_image().next_multiple_of(MIB);
+    let start = number("dma").unwrap_or(boot::end_of_image());
+    let start = start.next_multiple_of(MIB);
     let ram = (0..boot::range_count())
         .map(boot::range)
         .find(|r| r.kind == 1 && r.start <= start && start < r.start + r.size)

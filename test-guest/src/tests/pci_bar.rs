@@ -1,6 +1,7 @@
 //! Base address registers that move: within the window of the bus, and where they have no business.
 //!
-//! `pci_window=START` and `pci_window_end=END` are the addresses below 4 GiB that BARs may have; default 3 GiB and 640 MiB on.
+//! `pci_window=START` and `pci_window_end=END` are the addresses below 4 GiB that BARs may have; default 3 GiB and 640 MiB on;
+//! `pci_window64=START` is a free address above 4 GiB, default past all BARs.
 
 use super::{at_cpl3, ensure, same};
 use crate::outcome::{Outcome, Reason};
@@ -97,15 +98,10 @@ fn free_place(bar: &Bar) -> Outcome<u64> {
             .any(|b| place.overlaps(&b))
     };
     if bar.address >> 32 != 0 {
-        let same_side = |b: &Bar| b.address >> 32 != 0;
-        let ends = functions().flat_map(Function::bars).filter(same_side);
-        let past = ends.map(|b| b.address + b.size).max().unwrap_or(0);
-        let past = past.next_multiple_of(bar.size);
-        // The window may end with the last BAR; then what is below the first one is free.
-        let down = (bar.address - bar.size..=bar.address)
-            .step_by(bar.size as usize)
-            .find(|&a| is_free(a));
-        return Ok(down.unwrap_or(past));
+        let bars = functions().flat_map(Function::bars);
+        let past = bars.map(|b| b.address + b.size).max().unwrap_or(0);
+        let place = number("pci_window64").unwrap_or(past);
+        return Ok(place.next_multiple_of(bar.size));
     }
     let step = bar.size.max(4096);
     let first = start.next_multiple_of(step);

@@ -281,8 +281,8 @@ impl Transport {
         self.get(common::QUEUE_SIZE)
     }
 
-    /// Lays out a queue of at most `size` entries and enables it, with an interrupt where MSI-X has an entry for it.
-    pub fn queue(&self, index: u16, size: u16, features: u64) -> Outcome<Queue> {
+    /// Lays out a queue of at most `size` entries and tells the device, with an interrupt where MSI-X has an entry for it.
+    pub fn prepare(&self, index: u16, size: u16, features: u64) -> Outcome<Queue> {
         let most = self.select(index).min(size).min(MAX_SIZE);
         ensure("the queue has a size", most > 0)?;
         let size = 1 << most.ilog2();
@@ -328,12 +328,20 @@ impl Transport {
             offset + 2 <= self.doorbells.length,
         )?;
         queue.doorbell = self.doorbells.at + offset;
+        Ok(queue)
+    }
+
+    /// Lets the device use the selected queue.
+    pub fn enable(&self) -> Outcome {
         self.set(common::QUEUE_ENABLE, 1u16);
-        same(
-            "the queue is enabled",
-            u64::from(self.get::<u16>(common::QUEUE_ENABLE)),
-            1,
-        )?;
+        let enabled: u16 = self.get(common::QUEUE_ENABLE);
+        same("the queue is enabled", u64::from(enabled), 1)
+    }
+
+    /// Prepares a queue and enables it.
+    pub fn queue(&self, index: u16, size: u16, features: u64) -> Outcome<Queue> {
+        let queue = self.prepare(index, size, features)?;
+        self.enable()?;
         Ok(queue)
     }
 
