@@ -45,7 +45,7 @@ pub struct Args {
     pub memory: String,
 
     /// path=FILE, readonly=on|off, direct=on|off (off), num_queues=N (1), queue_size=N (128),
-    /// image_type=raw|qcow2 (found out), serial=TEXT, id=NAME; one list a disk
+    /// image_type=raw|qcow2 (found out), backing_files=on|off (off), serial=TEXT, id=NAME; one list a disk
     #[argh(option, arg_name = "list")]
     pub disk: Vec<String>,
 

@@ -5,6 +5,7 @@ pub mod console;
 pub mod control;
 mod cpu_manager;
 mod device_manager;
+mod disk;
 pub mod event;
 mod machine;
 mod memory_manager;

@@ -15,6 +15,7 @@ const KNOWN: &[&str] = &[
     "num_queues",
     "queue_size",
     "image_type",
+    "backing_files",
     "serial",
     "id",
     "poll_queue",
@@ -52,6 +53,8 @@ pub struct DiskConfig {
     pub queue_size: u16,
     /// What the image is; found out where not told.
     pub image_type: Option<ImageType>,
+    /// Files that a qcow2 image names, such as its backing file, are opened too.
+    pub backing_files: bool,
     /// What the guest's GET_ID gives.
     pub serial: Option<String>,
     /// The device's name in the API.
@@ -67,6 +70,7 @@ impl Default for DiskConfig {
             num_queues: 1,
             queue_size: 128,
             image_type: None,
+            backing_files: false,
             serial: None,
             id: None,
         }
@@ -108,6 +112,9 @@ impl DiskConfig {
                 "qcow2" => Some(ImageType::Qcow2),
                 _ => None,
             })?,
+            backing_files: text
+                .toggle("backing_files")?
+                .unwrap_or(default.backing_files),
             serial: text.text("serial").map(str::to_owned),
             id: text.text("id").map(str::to_owned),
         })

@@ -61,6 +61,12 @@ pub enum DeviceError {
     /// A virtio device cannot be behind its transport.
     #[error(transparent)]
     Transport(#[from] virtio_devices::transport::pci::TransportError),
+    /// A disk cannot be opened.
+    #[error("--disk")]
+    Disk(#[from] crate::disk::DiskSetupError),
+    /// A disk cannot be a block device of the guest.
+    #[error("--disk")]
+    Block(#[from] virtio_devices::BlockError),
     /// The source of entropy.
     #[error("--rng")]
     Rng(#[from] virtio_devices::RngError),

@@ -3,9 +3,10 @@
 use std::io;
 use std::sync::Arc;
 
+use block_util::Engine;
 use hypervisor::{IoEventAddress, Vm};
-use virtio_devices::Rng;
 use virtio_devices::transport::pci::{Host, Notifications, VirtioPciDevice};
+use virtio_devices::{Block, BlockConfig, Rng, SERIAL_LEN};
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 use vm_virtio::{Job, Spawn, VirtioDevice};
 use vmm_sys_util::eventfd::EventFd;
@@ -13,7 +14,8 @@ use vmm_sys_util::eventfd::EventFd;
 use super::DeviceError;
 use super::interrupts::{MsiVectors, Routing};
 use super::pci::Pci;
-use crate::config::VmConfig;
+use crate::config::{DiskConfig, VmConfig};
+use crate::disk;
 use crate::event::EventSender;
 use crate::threads;
 
@@ -48,6 +50,10 @@ impl VirtioHost {
 
     /// Makes the devices of `config` and puts them on `pci`.
     pub(super) fn add_all(&self, pci: &Pci, config: &VmConfig) -> Result<(), DeviceError> {
+        for (index, disk) in config.disks.iter().enumerate() {
+            let id = disk.id.clone().unwrap_or_else(|| format!("_disk{index}"));
+            self.add(pci, &id, Box::new(block(&id, disk)?))?;
+        }
         let rng = Rng::open("_rng", &config.rng.src)?;
         self.add(pci, "_rng", Box::new(rng))
     }
@@ -76,6 +82,26 @@ impl VirtioHost {
         log::debug!("virtio device {id:?} is in PCI slot {slot}");
         Ok(())
     }
+}
+
+/// A block device on the disk of `config`, which is opened and locked.
+fn block(id: &str, config: &DiskConfig) -> Result<Block<Memory>, DeviceError> {
+    let disk = disk::open(config)?;
+    let block = BlockConfig {
+        id: id.to_owned(),
+        queues: config.num_queues,
+        queue_size: config.queue_size,
+        // Without one of its own a disk is known by its name.
+        serial: config.serial.clone().unwrap_or_else(|| {
+            id.bytes()
+                .filter(u8::is_ascii_graphic)
+                .take(SERIAL_LEN)
+                .map(char::from)
+                .collect()
+        }),
+        engine: Engine::Auto,
+    };
+    Ok(Block::new(block, disk)?)
 }
 
 /// Writes to notification registers become events in KVM, without an exit to user space.
