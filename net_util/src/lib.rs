@@ -3,7 +3,7 @@
 //!
 //! ```no_run
 //! use std::io::{Read, Write};
-//! use net_util::{MacAddr, Offloads, Tap, TapOptions};
+//! use net_util::{MAX_PACKET_LEN, MacAddr, Offloads, Tap, TapOptions};
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! // Without a name the kernel makes up one. Gone with its last queue.
@@ -16,7 +16,7 @@
 //! tap.set_offloads(Offloads::CSUM | Offloads::TSO4 | Offloads::TSO6)?;
 //!
 //! let mut queue = &tap.queues()[0];
-//! let mut packet = [0; 65562];
+//! let mut packet = [0; MAX_PACKET_LEN];
 //! let len = queue.read(&mut packet)?;
 //! queue.write_all(&packet[..len])?;
 //! # Ok(()) }
@@ -29,5 +29,5 @@ mod tap;
 
 pub use interface::{Interface, InterfaceError};
 pub use mac::{MacAddr, MacError};
-pub use queue::{TapQueue, VNET_HEADER_LEN};
+pub use queue::{MAX_PACKET_LEN, TapQueue, VNET_HEADER_LEN};
 pub use tap::{Offloads, Tap, TapError, TapOptions};

@@ -7,6 +7,9 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 /// Bytes of the header before each packet: `virtio_net_hdr_v1`, with `num_buffers`, little-endian.
 pub const VNET_HEADER_LEN: usize = 12;
 
+/// The longest packet with its header: what TCP segmentation hands over, Ethernet with a VLAN tag, and the header.
+pub const MAX_PACKET_LEN: usize = 65_535 + 18 + VNET_HEADER_LEN;
+
 /// A queue of a tap or macvtap. Readable when a packet waits, writable when one can go out.
 ///
 /// One packet moves a call, header first. [`io::ErrorKind::WouldBlock`] when there is none, or no room. Memory of our own is
@@ -22,8 +25,9 @@ impl TapQueue {
         TapQueue { fd }
     }
 
-    /// Takes a packet into `pieces`, in order: bytes of the header and the packet. More bytes than the pieces have means
-    /// that the packet was too long and its end is lost.
+    /// Takes a packet into `pieces`, in order: bytes of the header and the packet, as far as they fit in. The end of a
+    /// longer packet is lost, and nothing tells: give [`MAX_PACKET_LEN`] bytes of room, or with no segmentation offload
+    /// set the MTU, 18 bytes of Ethernet and the header.
     ///
     /// # Errors
     ///
