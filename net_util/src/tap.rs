@@ -51,7 +51,7 @@ bitflags::bitflags! {
 pub struct TapOptions {
     /// Of a tap that is there (a macvtap, too), or to be made. `None` and the empty string make one with a new name.
     pub name: Option<String>,
-    /// Queues, 1 to 256. A tap in use takes more only if it was made for more than one.
+    /// Queues, 1 to 256. A tap that is there was made for one, or for more than one.
     pub queues: usize,
 }
 

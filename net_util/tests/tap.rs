@@ -256,7 +256,7 @@ fn packets_go_both_ways_whole_and_in_pieces() {
         assert_eq!(&buffer[..len], b"to the host");
 
         // What is no packet is refused, and harms nothing.
-        for bad in [&[][..], &[0; VNET_HEADER_LEN - 1], &[0xff; 40]] {
+        for bad in [&[0; 1][..], &[0; VNET_HEADER_LEN - 1], &[0xff; 40]] {
             assert!(queue.write(bad).is_err());
         }
         let many = vec![IoSlice::new(b"x"); 2000];
@@ -333,7 +333,10 @@ fn many_queues_share_the_packets() {
 #[test]
 fn a_tap_that_is_there_is_used_and_stays() {
     in_namespace(|| {
-        run("ip", &["tuntap", "add", "one", "mode", "tap", "vnet_hdr"]);
+        run(
+            "ip",
+            &["tuntap", "add", "single", "mode", "tap", "vnet_hdr"],
+        );
         let many = [
             "tuntap",
             "add",
@@ -344,24 +347,26 @@ fn a_tap_that_is_there_is_used_and_stays() {
             "multi_queue",
         ];
         run("ip", &many);
-        let one = open("one", 1).unwrap();
-        let error = open("one", 1).unwrap_err();
+        let one = open("single", 1).unwrap();
+        let error = open("single", 1).unwrap_err();
         assert_eq!(
             error.to_string(),
-            "attaching to tap \"one\" with 1 queues (another process uses it)"
+            "attaching to tap \"single\" with 1 queues (another process uses it)"
         );
         // One queue is not many, and the other way round.
-        let error = open("one", 2).unwrap_err();
+        let error = open("single", 2).unwrap_err();
         assert_eq!(
             error.to_string(),
-            "attaching to tap \"one\" with 2 queues (was it made with one queue, or with more?)"
+            "attaching to tap \"single\" with 2 queues (was it made with one queue, or with more?)"
         );
         drop(one);
+        assert!(open("single", 2).is_err());
+        assert!(open("many", 1).is_err());
         let many = open("many", 3).unwrap();
         assert_eq!(many.queues().len(), 3);
         assert!(matches!(open("many", 1), Err(TapError::Attach { .. })));
         drop(many);
-        for name in ["one", "many"] {
+        for name in ["single", "many"] {
             assert!(Interface::new(name).unwrap().index().is_ok());
         }
         // What is no tap at all.
