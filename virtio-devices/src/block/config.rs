@@ -113,3 +113,87 @@ impl Facts {
         bytes
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FACTS: Facts = Facts {
+        geometry: Geometry {
+            logical_block_size: 512,
+            physical_block_size: 4096,
+            minimum_io_size: 4096,
+            optimal_io_size: 1 << 20,
+            discard_granularity: 65536,
+        },
+        read_only: false,
+        queues: 3,
+        queue_size: 128,
+    };
+
+    fn u32_at(bytes: &[u8], at: usize) -> u32 {
+        u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap())
+    }
+
+    #[test]
+    fn every_field_is_told() {
+        let bytes = FACTS.bytes(12_345 * 512 + 511, true);
+        assert_eq!(bytes[..8], 12_345_u64.to_le_bytes());
+        // No largest segment, no cylinders.
+        assert_eq!((u32_at(&bytes, 8), u32_at(&bytes, 16)), (0, 0));
+        assert_eq!(u32_at(&bytes, 12), 126);
+        assert_eq!(u32_at(&bytes, 20), 512);
+        assert_eq!(bytes[24..32], [3, 0, 8, 0, 0, 8, 0, 0]);
+        assert_eq!(bytes[32..36], [1, 0, 3, 0]);
+        assert_eq!([36, 40, 44].map(|at| u32_at(&bytes, at)), [1 << 21, 1, 128]);
+        assert_eq!([48, 52].map(|at| u32_at(&bytes, at)), [1 << 21, 1]);
+        assert_eq!(bytes[56..], [1, 0, 0, 0]);
+        assert_eq!(FACTS.bytes(0, false)[32], 0);
+        let bits = [2, 6, 9, 10, 11, 12, 13, 14].map(|bit| 1_u64 << bit);
+        assert_eq!(FACTS.features(), RING_FEATURES | bits.iter().sum::<u64>());
+    }
+
+    #[test]
+    fn a_read_only_disk_offers_no_changes() {
+        let facts = Facts {
+            read_only: true,
+            queues: 1,
+            ..FACTS
+        };
+        let bits = [2, 5, 6, 9, 10, 11].map(|bit| 1_u64 << bit);
+        assert_eq!(facts.features(), RING_FEATURES | bits.iter().sum::<u64>());
+        assert_eq!(facts.bytes(512, true)[36..], [0; 24]);
+    }
+
+    #[test]
+    fn a_disk_that_cannot_discard_does_not_offer_it() {
+        let mut facts = FACTS;
+        facts.geometry.discard_granularity = 0;
+        assert_eq!(facts.features() & DISCARD, 0);
+        let bytes = facts.bytes(512, true);
+        assert_eq!(bytes[36..48], [0; 12]);
+        assert_eq!((u32_at(&bytes, 52), bytes[56]), (1, 0));
+    }
+
+    #[test]
+    fn sizes_that_are_odd_do_no_harm() {
+        let mut facts = FACTS;
+        facts.queue_size = 32768;
+        facts.geometry = Geometry {
+            logical_block_size: 4096,
+            physical_block_size: 512,
+            minimum_io_size: u32::MAX,
+            optimal_io_size: 100,
+            discard_granularity: 1,
+        };
+        let bytes = facts.bytes(u64::MAX, true);
+        assert_eq!(u32_at(&bytes, 12), 1023);
+        assert_eq!(u32_at(&bytes, 20), 4096);
+        assert_eq!(bytes[24..32], [0, 0, 0xff, 0xff, 0, 0, 0, 0]);
+        assert_eq!(u32_at(&bytes, 44), 8);
+        facts.geometry.logical_block_size = 0;
+        facts.queue_size = 4;
+        let bytes = facts.bytes(0, true);
+        assert_eq!((u32_at(&bytes, 12), u32_at(&bytes, 20)), (2, 512));
+    }
+}

@@ -50,6 +50,8 @@ mod input;
 mod output;
 mod state;
 mod terminal;
+#[cfg(test)]
+mod tests;
 
 use std::io::Write;
 use std::sync::Arc;
