@@ -21,6 +21,7 @@ const ALL: &[&str] = &[
     "smp",
     "instructions",
     "syscall",
+    "pci",
 ];
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;

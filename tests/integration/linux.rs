@@ -10,41 +10,53 @@ use crate::support::{Ended, Kvm, Vmm, asset};
 const MIB: u64 = 1 << 20;
 
 /// A guest of one of our kernels, with further words on its command line.
-struct Linux {
+pub struct Linux {
     kernel: &'static str,
     cmdline: &'static str,
     cpus: u64,
     memory: u64,
     patience: Duration,
+    disk: Option<String>,
 }
 
 impl Linux {
     /// Our kernel with one vCPU and 128 MiB.
-    fn new(_: Kvm) -> Self {
+    pub fn new(_: Kvm) -> Self {
         Self {
             kernel: "vmlinux",
             cmdline: "cmdline",
             cpus: 1,
             memory: 128 * MIB,
             patience: Duration::from_secs(400),
+            disk: None,
         }
+    }
+
+    /// With this value of `--disk`.
+    pub fn disk(mut self, disk: String) -> Self {
+        self.disk = Some(disk);
+        self
     }
 
     fn start(&self, words: &str) -> Vmm {
         let cmdline = fs::read_to_string(asset(self.cmdline)).expect("the command line");
-        Vmm::builder()
+        let builder = Vmm::builder()
             .patience(self.patience)
             .option("--kernel", asset(self.kernel))
             .option("--initramfs", asset("initramfs.cpio"))
             .option("--cmdline", format!("{} {words}", cmdline.trim_end()))
             .option("--cpus", format!("boot={}", self.cpus))
             .option("--memory", format!("size={}", self.memory))
-            .option("--serial", "tty")
-            .start()
+            .option("--serial", "tty");
+        match &self.disk {
+            Some(disk) => builder.option("--disk", disk),
+            None => builder,
+        }
+        .start()
     }
 
     /// Runs a test of the initramfs to its good end and the power-off.
-    fn run(&self, test: &str) -> Ended {
+    pub fn run(&self, test: &str) -> Ended {
         let ended = self.start(&format!("ch.test={test}")).wait().expect_clean();
         for line in [
             "CH-INIT: user space reached",

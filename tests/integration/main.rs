@@ -5,6 +5,7 @@
 mod bad_input;
 mod bare_metal;
 mod cli;
+mod disks;
 mod endings;
 mod linux;
 mod support;
