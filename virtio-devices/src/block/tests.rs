@@ -18,6 +18,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::testing::{Done, MemoryDisk, State};
 use super::*;
+use crate::transport::pci::tests::driver::Machine;
 
 const OK: u8 = 0;
 const IOERR: u8 = 1;
@@ -499,6 +500,38 @@ fn reads_mark_the_pages_that_they_change() {
     assert_eq!(memory.read_obj::<u8>(GuestAddress(0x1_0000)).unwrap(), 2);
     assert!(dirty(0x1_0000) && dirty(0x1_1fff) && dirty(0x2_0000));
     assert!(!dirty(0xf000) && !dirty(0x1_2000));
+}
+
+/// From the bus to the file and back, as a driver goes.
+#[test]
+fn a_driver_behind_pci_reads_and_writes_a_file() {
+    let image = image();
+    let mut machine = Machine::new(raw(image.path(), Engine::Auto));
+    assert_eq!(machine.read_config(0), [0xf4, 0x1a, 0x42, 0x10]);
+    assert_eq!(machine.read_config(8), [1, 0, 0x80, 1]);
+    machine.start();
+    assert_eq!(machine.read::<8>(4, 0), 256_u64.to_le_bytes());
+    for n in [0, 100, 255_u32] {
+        let answer = machine.ask(0, &header(0, u64::from(n)), 513);
+        assert_eq!(answer, sector(n).chain([OK]).collect::<Vec<_>>());
+        assert_eq!(machine.messages.take(), [1]);
+        let data = Writes::data(n);
+        let request = [&header(1, u64::from(n)), &data[..]].concat();
+        assert_eq!(machine.ask(0, &request, 1), [OK]);
+        assert_eq!(machine.ask(0, &header(4, 0), 1), [OK]);
+        machine.messages.take();
+        let mut found = [0; 512];
+        let offset = u64::from(n) * 512;
+        image.as_file().read_exact_at(&mut found, offset).unwrap();
+        assert_eq!(found[..], data);
+    }
+    // Reset, and once more, with a driver that chooses write-through.
+    machine.set::<1>(0x14, 0);
+    machine.start();
+    machine.write(4, 32, &[0]);
+    let request = [&header(1, 7), &[1; 512][..]].concat();
+    assert_eq!(machine.ask(0, &request, 1), [OK]);
+    assert_eq!(machine.ask(0, &header(1, 256), 1), [IOERR]);
 }
 
 fn raw(path: &Path, engine: Engine) -> Box<dyn VirtioDevice<TestMemory>> {

@@ -20,7 +20,7 @@ mod layout;
 mod notify;
 mod state;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use pci::{ConfigurationError, MsixError, StateError};
 use std::io;

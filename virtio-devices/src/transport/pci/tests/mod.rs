@@ -1,6 +1,6 @@
 //! The device as its driver sees it.
 
-mod driver;
+pub(crate) mod driver;
 mod hostile;
 mod life;
 mod registers;
