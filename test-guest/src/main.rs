@@ -1,7 +1,7 @@
 //! A bare-metal guest that checks a virtual machine from the inside and reports over COM1.
 //!
 //! The command line chooses: `test=a,b,c` (default `boot`), `end=shutdown|reset|i8042|triple|halt`, and
-//! words that single tests read (`memory=BYTES`, `cpus=N`, `initramfs=SUM`).
+//! words that single tests read (`memory=BYTES`, `cpus=N`, `initramfs=SUM`; those of device tests are told in their files).
 //! Lines: `BEGIN name`, `OK name detail`, `FAIL name why`, `VALUE key value`, at last `DONE failed=N`.
 //!
 //! Start in `tests/mod.rs` to add a test; drivers of devices get a module of their own beside `serial`.

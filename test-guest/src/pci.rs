@@ -221,6 +221,21 @@ impl Function {
         bar
     }
 
+    /// The address in a memory BAR, not sized: nothing is written. `None` for a port BAR or one that doesn't exist.
+    pub fn bar_address(self, index: u8) -> Option<u64> {
+        if index > 5 {
+            return None;
+        }
+        let at = FIRST_BAR + u16::from(index) * 4;
+        let low = self.read32(at);
+        let high = match low & 7 {
+            0 => 0,
+            4 if index < 5 => self.read32(at + 4),
+            _ => return None,
+        };
+        Some(u64::from(high) << 32 | u64::from(low & !15))
+    }
+
     /// What a register holds and what it holds after all ones.
     fn size_register(self, at: u16) -> (u32, u32) {
         let old = self.read32(at);

@@ -23,8 +23,8 @@ impl Msix {
         let count = (function.read16(capability + 2) & 0x7ff) + 1;
         let place = |at: u16, size: u64| {
             let register = function.read32(capability + at);
-            let bar = function.bar((register & 7) as u8)?;
-            map::device(bar.address + u64::from(register & !7), size)
+            let bar = function.bar_address((register & 7) as u8)?;
+            map::device(bar + u64::from(register & !7), size)
         };
         Some(Self {
             function,

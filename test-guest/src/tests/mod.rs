@@ -10,6 +10,7 @@ mod pci_bar;
 mod ports;
 mod smp;
 mod virtio_blk;
+mod virtio_data;
 mod virtio_hostile;
 mod virtio_reset;
 mod virtio_rng;
@@ -48,8 +49,8 @@ const TESTS: &[Test] = &[
     ("virtio_transport", virtio_transport::transport),
     ("virtio_strict", virtio_transport::strict),
     ("virtio_blk", virtio_blk::blk),
-    ("virtio_blk_fill", virtio_blk::fill),
-    ("virtio_blk_verify", virtio_blk::verify),
+    ("virtio_blk_fill", virtio_data::fill),
+    ("virtio_blk_verify", virtio_data::verify),
     ("virtio_blk_reset", virtio_reset::reset),
     ("virtio_blk_hostile", virtio_hostile::hostile),
 ];

@@ -3,12 +3,11 @@
 //! `resets=N` is how often (default 8).
 
 use super::virtio_blk::area;
-use super::{at_cpl3, ensure, same};
+use super::{at_cpl3, ensure, pattern, same};
 use crate::clock::within;
 use crate::cpu::idt;
 use crate::map::read;
 use crate::outcome::{Outcome, Reason};
-use crate::tests::pattern;
 use crate::virtio::blk::{Blk, F_RO, IN, OK, OUT, Setup};
 use crate::virtio::queue::Segment;
 use crate::virtio::{Transport, common};

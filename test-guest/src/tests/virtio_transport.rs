@@ -33,8 +33,17 @@ pub fn transport() -> Outcome {
     })
 }
 
-/// No two structures overlap, and the doorbells are 2 bytes or more apart, or all one.
+/// Each structure lies in its BAR, no two overlap, and the doorbells are 2 bytes or more apart, or all one.
 fn structures(t: &Transport) -> Outcome {
+    let f = t.function;
+    for (at, _) in f.capabilities().filter(|c| c.1 == 9) {
+        if !(1..5).contains(&f.read8(at + 3)) {
+            continue;
+        }
+        let size = f.bar(f.read8(at + 4)).map_or(0, |b| b.size);
+        let end = u64::from(f.read32(at + 8)) + u64::from(f.read32(at + 12));
+        ensure("a virtio structure lies in its BAR", end <= size)?;
+    }
     let parts = [t.common, t.doorbells, t.isr, t.config];
     for (i, a) in parts.iter().enumerate() {
         for b in &parts[i + 1..] {

@@ -138,17 +138,12 @@ impl Transport {
             if !(1..5).contains(&kind) || found[usize::from(kind)].is_some() {
                 continue;
             }
-            let Some(bar) = function.bar(function.read8(at + 4)) else {
-                return Err(Reason("a virtio capability names no BAR", u64::from(at), 0));
-            };
-            let (offset, length) = (function.read32(at + 8), function.read32(at + 12));
-            let (offset, length) = (u64::from(offset), u64::from(length));
-            ensure(
-                "a virtio structure lies in its BAR",
-                offset + length <= bar.size,
-            )?;
-            let place = map::device(bar.address + offset, length);
-            let place = place.ok_or(Reason("no room to map a BAR", bar.address, length))?;
+            let bar = function.bar_address(function.read8(at + 4));
+            let bar = bar.ok_or(Reason("a virtio capability names no BAR", u64::from(at), 0))?;
+            let offset = u64::from(function.read32(at + 8));
+            let length = u64::from(function.read32(at + 12));
+            let place = map::device(bar + offset, length);
+            let place = place.ok_or(Reason("no room to map a BAR", bar, length))?;
             found[usize::from(kind)] = Some((Window { at: place, length }, at));
         }
         let part = |kind: usize| {
