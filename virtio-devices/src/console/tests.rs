@@ -307,7 +307,7 @@ fn another_thread_waits_for_room() {
     let (mut guest, _, input) = running();
     let all = text(4 * ConsoleInput::CAPACITY);
     let typist = {
-        let (input, all) = (input.clone(), all.clone());
+        let all = all.clone();
         move || {
             let epoll = Epoll::new().unwrap();
             let room = EpollEvent::new(EventSet::IN, 0);
@@ -455,7 +455,7 @@ fn a_huge_chain_leaves_input_and_pause_their_turns() {
     let (mut guest, screen, input) = running();
     let read_at = Arc::new(Mutex::new(None));
     let on_write = {
-        let (input, read_at) = (input.clone(), read_at.clone());
+        let read_at = read_at.clone();
         move |printed| {
             if printed == 0 {
                 input.push(b"x");
