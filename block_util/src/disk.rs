@@ -77,12 +77,14 @@ pub enum LockMode {
 /// How requests reach the kernel.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub enum Engine {
-    /// io_uring where the kernel has it, else [`Engine::Sync`].
+    /// io_uring where the kernel has it, else [`Engine::Aio`] for direct I/O and [`Engine::Sync`] for all other.
     #[default]
     Auto,
     /// io_uring: one system call a batch.
     IoUring,
-    /// Blocking calls on the caller's thread, in [`DiskIo::kick`].
+    /// Linux AIO. Blocks the caller's thread but for direct reads and writes, and flushes.
+    Aio,
+    /// Blocking calls on the caller's thread, in [`DiskIo::submit`].
     Sync,
 }
 

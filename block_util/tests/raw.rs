@@ -69,7 +69,13 @@ fn the_descriptor_is_readable_while_completions_wait() {
             seen.sort_unstable();
             let all: Vec<u64> = (0..16).chain([99]).collect();
             assert_eq!(seen, all);
-            assert!(!poll(&*io, 0), "{engine:?}: readable with nothing there");
+            // The kernel may tell of the last one once more, just after it was taken.
+            let mut again = 0;
+            while again < 2 && poll(&*io, 0) {
+                assert!(io.next_completion().is_none());
+                again += 1;
+            }
+            assert!(again < 2, "{engine:?}: readable with nothing there");
         }
     }
 }
@@ -496,7 +502,7 @@ fn what_holds_no_disk_is_named() {
 #[test]
 fn queues_in_threads_share_a_disk() {
     let file = image(4 << 20);
-    for engine in [Engine::Auto, Engine::IoUring, Engine::Sync] {
+    for engine in [Engine::Auto, Engine::IoUring, Engine::Aio, Engine::Sync] {
         let disk = open(file.path(), &BUFFERED);
         std::thread::scope(|scope| {
             for part in 0..4u64 {

@@ -1,11 +1,12 @@
 //! Raw disks: a file or a block device whose bytes are the disk's.
 //!
 //! ```text
-//! RawDisk ──open_io──▶ UringIo or SyncIo: carry out the steps
+//! RawDisk ──open_io──▶ UringIo, AioIo or SyncIo: carry out the steps
 //!    │                      │
 //!    └── Target ◀───────────┴── Transfer: one request, told as a sequence of steps
 //! ```
 
+mod aio;
 mod bounce;
 mod sync;
 mod sys;
@@ -24,6 +25,7 @@ use std::sync::Arc;
 use crate::disk::{DiskError, DiskFile, Engine, Geometry, IoOptions, LockMode};
 use crate::io::DiskIo;
 use crate::lock::{lock_file, unlock_file};
+use aio::AioIo;
 use sync::SyncIo;
 use target::Target;
 use uring::UringIo;
@@ -120,17 +122,19 @@ impl DiskFile for RawDisk {
         if !(1..=IoOptions::MAX_DEPTH).contains(&options.depth) {
             return Err(failed(io::Error::from(io::ErrorKind::InvalidInput)));
         }
-        let target = Arc::clone(&self.target);
-        let uring = match options.engine {
-            Engine::Sync => None,
-            Engine::IoUring => Some(UringIo::new(target, options.depth).map_err(failed)?),
-            Engine::Auto => UringIo::new(target, options.depth).ok(),
-        };
-        match uring {
-            Some(uring) => Ok(Box::new(uring)),
-            None => SyncIo::new(Arc::clone(&self.target), options.depth)
-                .map(|io| Box::new(io) as Box<dyn DiskIo>)
-                .map_err(failed),
+        let (target, depth) = (|| Arc::clone(&self.target), options.depth);
+        let uring = || UringIo::new(target(), depth).map(|io| Box::new(io) as Box<dyn DiskIo>);
+        let aio = || AioIo::new(target(), depth).map(|io| Box::new(io) as Box<dyn DiskIo>);
+        let sync = || SyncIo::new(target(), depth).map(|io| Box::new(io) as Box<dyn DiskIo>);
+        match options.engine {
+            Engine::IoUring => uring(),
+            Engine::Aio => aio(),
+            Engine::Sync => sync(),
+            Engine::Auto if self.target.options.direct => {
+                uring().or_else(|_| aio()).or_else(|_| sync())
+            }
+            Engine::Auto => uring().or_else(|_| sync()),
         }
+        .map_err(failed)
     }
 }

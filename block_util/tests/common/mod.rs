@@ -10,7 +10,7 @@ use block_util::{
 use tempfile::NamedTempFile;
 
 /// Every engine has to pass every test.
-pub const ENGINES: [Engine; 2] = [Engine::IoUring, Engine::Sync];
+pub const ENGINES: [Engine; 3] = [Engine::IoUring, Engine::Aio, Engine::Sync];
 
 pub const BUFFERED: RawOptions = RawOptions {
     read_only: false,
