@@ -1,6 +1,7 @@
-//! Block devices: a loop device over a file, with blocks of 512 and of 4096 bytes. It takes the right to attach one.
+//! Storage other than a file system with everything: loop devices with blocks of 512 and of 4096 bytes, and a file system
+//! that knows neither holes nor zeroing. They need root.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+#![allow(unsafe_code, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod common;
 
@@ -146,4 +147,55 @@ fn the_format_on_a_device_is_found() {
     sector[..8].copy_from_slice(b"conectix");
     write(&mut *io, (1 << 20) - 512, &sector).unwrap();
     assert_eq!(ImageType::of_path(&device.path).unwrap(), ImageType::Vhd);
+}
+
+#[test]
+fn a_file_system_without_holes_tells_and_is_zeroed_all_the_same() {
+    let place = tempfile::tempdir().unwrap();
+    let path = place.path().to_owned();
+    let alone = std::thread::spawn(move || {
+        // SAFETY: no pointers are passed; only this thread gets mounts of its own.
+        let result = unsafe { libc::unshare(libc::CLONE_NEWNS) };
+        let error = std::io::Error::last_os_error();
+        assert_eq!(
+            result, 0,
+            "this test mounts a ramfs, which needs root: {error}"
+        );
+        for args in [&["--make-rprivate", "/"][..], &["-t", "ramfs", "ramfs"]] {
+            let mut command = Command::new("mount");
+            command.args(args);
+            if args.len() > 2 {
+                command.arg(&path);
+            }
+            assert!(command.status().unwrap().success(), "mount {args:?}");
+        }
+        let image = path.join("image");
+        std::fs::write(&image, pattern(1 << 20, 1)).unwrap();
+        let disk = open(&image, &BUFFERED);
+        assert_eq!(disk.geometry().discard_granularity, 0);
+        for engine in ENGINES {
+            let mut io = queue(&disk, engine, 4);
+            let discard = Operation::Discard {
+                offset: 0,
+                len: 4096,
+            };
+            let error = io.run(discard).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Unsupported);
+            for may_unmap in [true, false] {
+                let mut expected = pattern(1 << 20, 2);
+                write(&mut *io, 0, &expected).unwrap();
+                io.run(Operation::WriteZeroes {
+                    offset: 512,
+                    len: 777_777,
+                    may_unmap,
+                })
+                .unwrap();
+                expected[512..512 + 777_777].fill(0);
+                assert!(read(&mut *io, 0, 1 << 20).unwrap() == expected);
+            }
+        }
+    });
+    if let Err(panic) = alone.join() {
+        std::panic::resume_unwind(panic);
+    }
 }

@@ -82,6 +82,13 @@ pub fn fallocate(file: &File, mode: i32, offset: u64, len: u64) -> io::Result<()
     checked(unsafe { libc::fallocate(file.as_raw_fd(), mode, offset, len) })
 }
 
+/// Whether the file system punches holes: one is tried past the end of the file, where nothing is.
+pub fn punches_holes(file: &File, size: u64) -> bool {
+    let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+    let tried = fallocate(file, mode, size, 4096).map_err(|e| e.kind());
+    tried != Err(io::ErrorKind::Unsupported)
+}
+
 /// What `O_DIRECT` asks of a request, in bytes, powers of two.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct DirectAlignment {

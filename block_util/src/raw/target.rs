@@ -59,7 +59,9 @@ impl Target {
             (size, geometry)
         } else {
             let block = u32::try_from(metadata.blksize()).unwrap_or(4096);
-            (metadata.len(), file_geometry(block, direct, options))
+            let size = metadata.len();
+            let punches = options.sparse && !options.read_only && sys::punches_holes(&file, size);
+            (size, file_geometry(block, direct, punches))
         };
         let zeroes = AlignedBuf::new(bounce::CHUNK, bounce::ALIGNMENT)
             .ok_or_else(|| io::Error::from(io::ErrorKind::OutOfMemory))
@@ -137,8 +139,8 @@ fn device_geometry(file: &File, options: &RawOptions) -> io::Result<Geometry> {
     })
 }
 
-/// `block` is the file system's; what it can punch is found out by trying.
-fn file_geometry(block: u32, direct: Option<DirectAlignment>, options: &RawOptions) -> Geometry {
+/// `block` is the file system's; `punches` tells whether the file can have holes made.
+fn file_geometry(block: u32, direct: Option<DirectAlignment>, punches: bool) -> Geometry {
     let logical = direct.map_or(512, |d| d.offset.max(512));
     let physical = block.max(logical);
     Geometry {
@@ -146,10 +148,6 @@ fn file_geometry(block: u32, direct: Option<DirectAlignment>, options: &RawOptio
         physical_block_size: physical,
         minimum_io_size: physical,
         optimal_io_size: 0,
-        discard_granularity: if options.sparse && !options.read_only {
-            physical
-        } else {
-            0
-        },
+        discard_granularity: if punches { physical } else { 0 },
     }
 }
