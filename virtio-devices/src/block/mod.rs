@@ -13,7 +13,9 @@ mod tests;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use block_util::{DiskError, DiskFile, DiskIo, Engine, IoOptions};
+use block_util::{
+    DiskError, DiskFile, DiskIo, Engine, IoOptions, LimiterTimer, RateLimiter, RateLimiterError,
+};
 use thiserror::Error;
 use virtio_bindings::virtio_blk::VIRTIO_BLK_ID_BYTES;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
@@ -27,7 +29,7 @@ use vm_virtio::{
 pub use state::BlockV1;
 
 use config::{FLUSH, Facts, MAX_RANGE, WRITEBACK};
-use queue::Handler;
+use queue::{Handler, Way};
 use request::Limits;
 
 /// Bytes of a serial number.
@@ -78,6 +80,15 @@ pub enum BlockError {
         /// The disk's error.
         #[source]
         source: DiskError,
+    },
+    /// It cannot be limited.
+    #[error("limiting the rate of disk {id:?}")]
+    Limit {
+        /// Of the disk.
+        id: String,
+        /// Why not.
+        #[source]
+        source: RateLimiterError,
     },
 }
 
@@ -166,7 +177,8 @@ pub struct Block<M: GuestAddressSpace> {
     shared: Arc<Shared>,
     queue_sizes: Vec<u16>,
     /// Ways into the disk that no worker has.
-    ios: Vec<Box<dyn DiskIo>>,
+    ways: Vec<Way>,
+    limiter: Option<Arc<RateLimiter>>,
     workers: Vec<Worker<Handler<M>>>,
     /// Queues that the driver did not enable, while the device works.
     idle: Vec<DeviceQueue>,
@@ -216,8 +228,11 @@ impl<M: DeviceMemory> Block<M> {
             writeback: AtomicBool::new(true),
             driver: Mutex::default(),
         });
-        let ios = (0..queues)
-            .map(|_| shared.open_io())
+        let ways = (0..queues)
+            .map(|_| {
+                let io = shared.open_io()?;
+                Ok(Way { io, timer: None })
+            })
             .collect::<Result<_, _>>()
             .map_err(|source| BlockError::Disk {
                 id: shared.id.clone(),
@@ -226,9 +241,37 @@ impl<M: DeviceMemory> Block<M> {
         Ok(Self {
             shared,
             queue_sizes: vec![queue_size; usize::from(queues)],
-            ios,
+            ways,
+            limiter: None,
             workers: Vec::new(),
             idle: Vec::new(),
+        })
+    }
+
+    /// Lets requests wait when they are more than `limiter` allows, which other disks may share.
+    ///
+    /// # Errors
+    /// [`BlockError::Limit`].
+    pub fn limit(&mut self, limiter: Arc<RateLimiter>) -> Result<(), BlockError> {
+        for way in &mut self.ways {
+            let timer = LimiterTimer::new(limiter.clone()).map_err(|source| BlockError::Limit {
+                id: self.shared.id.clone(),
+                source,
+            })?;
+            way.timer = Some(timer);
+        }
+        self.limiter = Some(limiter);
+        Ok(())
+    }
+
+    /// A way into the disk instead of one that has failed.
+    fn open(&self) -> Result<Way, DeviceError> {
+        let failed = |error| DeviceError::Device("its way into the disk", error);
+        let io = self.shared.open_io().map_err(|e| failed(e.into()))?;
+        let timer = self.limiter.clone().map(LimiterTimer::new).transpose();
+        Ok(Way {
+            io,
+            timer: timer.map_err(|e| failed(e.into()))?,
         })
     }
 
@@ -249,17 +292,14 @@ impl<M: DeviceMemory> Block<M> {
                 self.idle.push(queue);
                 continue;
             }
-            let io = match self.ios.pop() {
-                Some(io) => io,
-                None => self
-                    .shared
-                    .open_io()
-                    .map_err(|e| DeviceError::Device("its way into the disk", Box::new(e)))?,
+            let way = match self.ways.pop() {
+                Some(way) => way,
+                None => self.open()?,
             };
             let name = format!("{}_q{}", self.shared.id, queue.index());
             let handler = Handler::new(
                 queue,
-                io,
+                way,
                 activation.memory.clone(),
                 self.shared.clone(),
                 always_durable,
@@ -329,7 +369,7 @@ impl<M: DeviceMemory> VirtioDevice<M> for Block<M> {
                 Ok(handlers) => {
                     for handler in handlers {
                         queues.push(handler.queue);
-                        self.ios.extend(handler.io);
+                        self.ways.extend(handler.way);
                     }
                 }
                 Err(error) => stopped = Err(error),

@@ -14,7 +14,7 @@ use std::ops::Deref;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
-use block_util::{Completion, DiskIo, IoBuf};
+use block_util::{Completion, DiskIo, IoBuf, LimiterTimer};
 use log::debug;
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{GuestAddressSpace, GuestMemory};
@@ -29,6 +29,17 @@ use super::{SERIAL_LEN, Shared};
 /// Guest memory as it was when a request came: what keeps its buffers mapped.
 type Mapping<M> = <M as GuestAddressSpace>::T;
 
+/// A queue's way into the disk.
+pub(super) struct Way {
+    pub io: Box<dyn DiskIo>,
+    /// Says when requests have to wait.
+    pub timer: Option<LimiterTimer>,
+}
+
+/// Tokens of what a handler waits for.
+const COMPLETIONS: u32 = 0;
+const TIMER: u32 = 1;
+
 /// A request in flight.
 struct Slot<M: GuestAddressSpace> {
     chain: Chain,
@@ -42,7 +53,7 @@ struct Slot<M: GuestAddressSpace> {
 pub(super) struct Handler<M: GuestAddressSpace> {
     pub queue: DeviceQueue,
     /// None once it has failed.
-    pub io: Option<Box<dyn DiskIo>>,
+    pub way: Option<Way>,
     memory: M,
     flight: Flight<M>,
     /// There was no room for a request: the queue is served again when there is.
@@ -63,12 +74,12 @@ struct Flight<M: GuestAddressSpace> {
 impl<M: DeviceMemory> Handler<M> {
     pub fn new(
         queue: DeviceQueue,
-        io: Box<dyn DiskIo>,
+        way: Way,
         memory: M,
         shared: Arc<Shared>,
         always_durable: bool,
     ) -> Self {
-        let count = usize::from(queue.size()).min(io.depth());
+        let count = usize::from(queue.size()).min(way.io.depth());
         let slot = |_| Slot {
             chain: Chain::new(),
             mapping: None,
@@ -76,7 +87,7 @@ impl<M: DeviceMemory> Handler<M> {
         };
         Self {
             queue,
-            io: Some(io),
+            way: Some(way),
             memory,
             flight: Flight {
                 shared,
@@ -91,10 +102,10 @@ impl<M: DeviceMemory> Handler<M> {
 
     /// Starts what was submitted.
     fn kick(&mut self, context: &mut Context<'_>) -> Result<(), QueueError> {
-        let Some(io) = &mut self.io else {
+        let Some(way) = &mut self.way else {
             return Ok(());
         };
-        match io.kick() {
+        match way.io.kick() {
             Ok(()) => Ok(()),
             Err(error) if is_passing(&error) => {
                 debug!("the disk takes no requests at the moment: {error}");
@@ -113,7 +124,7 @@ impl<M: DeviceMemory> Handler<M> {
     /// Answers what is done.
     fn reap(&mut self, context: &mut Context<'_>) -> Result<(), QueueError> {
         let memory = self.memory.memory();
-        while let Some(done) = self.io.as_mut().and_then(|io| io.next_completion()) {
+        while let Some(done) = self.way.as_mut().and_then(|way| way.io.next_completion()) {
             if let Some((head, written)) = self.flight.finish(done) {
                 let used = self.queue.add_used(&*memory, head, written);
                 used?;
@@ -128,13 +139,13 @@ impl<M: DeviceMemory> Handler<M> {
     /// Waits for all that is in flight, and answers it.
     fn finish_all(&mut self, context: &mut Context<'_>) -> Result<(), QueueError> {
         let mut answered = Ok(());
-        while let Some(io) = &mut self.io
-            && io.in_flight() > 0
+        while let Some(way) = &mut self.way
+            && way.io.in_flight() > 0
         {
-            if let Err(error) = io.wait() {
+            if let Err(error) = way.io.wait() {
                 debug!("waiting for the disk: {error}");
                 // Dropping it waits for the kernel to let go of guest memory, all the same.
-                self.io = None;
+                self.way = None;
             }
             // Even where the ring is lost, memory must not change after this.
             answered = answered.and(self.reap(context));
@@ -167,20 +178,24 @@ impl<M: DeviceMemory> QueueHandler for Handler<M> {
     }
 
     fn sources(&self) -> Vec<Source> {
-        let completions = self.io.iter().map(|io| io.completion_fd().as_raw_fd());
-        completions
-            .map(|fd| Source {
-                fd,
-                events: EventSet::IN,
-                token: 0,
-            })
+        let source = |fd, token| Source {
+            fd,
+            events: EventSet::IN,
+            token,
+        };
+        let Some(way) = &self.way else {
+            return Vec::new();
+        };
+        let timer = way.timer.as_ref();
+        std::iter::once(source(way.io.completion_fd().as_raw_fd(), COMPLETIONS))
+            .chain(timer.map(|timer| source(timer.as_raw_fd(), TIMER)))
             .collect()
     }
 
     fn on_queue(&mut self, _index: u16, context: &mut Context<'_>) -> Result<(), QueueError> {
         let Self {
             queue,
-            io: Some(io),
+            way: Some(way),
             memory,
             flight,
             starved,
@@ -190,7 +205,7 @@ impl<M: DeviceMemory> QueueHandler for Handler<M> {
         };
         let mapping = memory.memory();
         let served = context.serve(queue, &*mapping, |chain| {
-            let outcome = flight.begin(chain, &mapping, &mut **io)?;
+            let outcome = flight.begin(chain, &mapping, way)?;
             *starved = outcome == Outcome::Later;
             Ok(outcome)
         });
@@ -202,10 +217,17 @@ impl<M: DeviceMemory> QueueHandler for Handler<M> {
 
     fn on_source(
         &mut self,
-        _token: u32,
+        token: u32,
         _events: EventSet,
         context: &mut Context<'_>,
     ) -> Result<(), QueueError> {
+        if token == TIMER
+            && let Some(timer) = self.way.as_mut().and_then(|way| way.timer.as_mut())
+        {
+            let cleared = timer.on_timer();
+            cleared.map_err(|error| self.queue.error(timer_fault(&error)))?;
+            context.again(self.queue.index());
+        }
         self.reap(context)
     }
 
@@ -220,7 +242,7 @@ impl<M: DeviceMemory> Flight<M> {
         &mut self,
         chain: &mut Chain,
         mapping: &Mapping<M>,
-        io: &mut dyn DiskIo,
+        way: &mut Way,
     ) -> Result<Outcome, Fault> {
         let memory: &M::M = mapping;
         let request = match Request::parse(memory, chain, &self.shared.limits())? {
@@ -238,7 +260,14 @@ impl<M: DeviceMemory> Flight<M> {
         let Some(index) = self.free.pop() else {
             return Ok(Outcome::Later);
         };
-        let submitted = io.submit(block_util::Request {
+        let bytes = request.bytes();
+        if let Some(timer) = &mut way.timer
+            && !timer.may(bytes).map_err(|error| timer_fault(&error))?
+        {
+            self.free.push(index);
+            return Ok(Outcome::Later);
+        }
+        let submitted = way.io.submit(block_util::Request {
             operation,
             user_data: index as u64,
         });
@@ -251,6 +280,9 @@ impl<M: DeviceMemory> Flight<M> {
             }
             _ => {
                 self.free.push(index);
+                if let Some(timer) = &way.timer {
+                    timer.give_back(bytes);
+                }
                 Ok(Outcome::Later)
             }
         }
@@ -320,6 +352,11 @@ impl<M: DeviceMemory> Flight<M> {
         let written = write_status(memory, &slot.chain, status).unwrap_or(0);
         Some((slot.chain.head(), written))
     }
+}
+
+fn timer_fault(error: &io::Error) -> Fault {
+    debug!("the timer of a rate limiter: {error}");
+    Fault::Request("the timer of the disk's rate limiter cannot be set")
 }
 
 /// Answers `chain` with nothing but a status.

@@ -170,6 +170,14 @@ impl Limits {
 }
 
 impl Request {
+    /// Bytes of data that move, which a rate limiter counts.
+    pub fn bytes(&self) -> u64 {
+        match *self {
+            Self::Read { len, .. } | Self::Write { len, .. } => u64::from(len),
+            _ => 0,
+        }
+    }
+
     /// What the disk has to do for it, with the chain's data in `buffers`. Writes are `durable`, or wait for a flush.
     pub fn operation<'a>(
         &self,

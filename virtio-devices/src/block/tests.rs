@@ -4,8 +4,9 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::time::Duration;
 
-use block_util::{RawDisk, RawOptions};
+use block_util::{BucketConfig, RateLimiterConfig, RawDisk, RawOptions};
 use proptest::prelude::*;
 use tempfile::NamedTempFile;
 use vm_memory::bitmap::{AtomicBitmap, Bitmap};
@@ -321,6 +322,60 @@ fn a_disk_that_is_gone_costs_errors_and_not_the_vm() {
     state.release();
     guest.core.resume().unwrap();
     assert_eq!(guest.ask(0, &read(0, 512))[512], OK);
+}
+
+fn limiter(operations: u64, refill: Duration) -> Arc<RateLimiter> {
+    let bucket = BucketConfig {
+        size: operations,
+        one_time_burst: 0,
+        refill,
+    };
+    let config = RateLimiterConfig {
+        bandwidth: None,
+        operations: Some(bucket),
+    };
+    Arc::new(RateLimiter::new(&config).unwrap())
+}
+
+#[test]
+fn a_limit_lets_requests_wait() {
+    let (mut block, state) = memory_block(MemoryDisk::new(64), config());
+    block
+        .limit(limiter(3, Duration::from_secs(36_000)))
+        .unwrap();
+    let mut guest = Guest::running(Box::new(block));
+    for n in 0..5 {
+        guest.offer(0, &read(n, 512));
+    }
+    guest.kick(0);
+    for n in 0..3 {
+        assert_eq!(guest.wait_used(0).1[0], n + 1);
+    }
+    // Neither notifications nor a pause help, and a reset ends the waiting.
+    guest.kick(0);
+    guest.core.pause().unwrap();
+    guest.core.resume().unwrap();
+    guest.reset();
+    assert_eq!(guest.take_used(0), None);
+    assert_eq!(state.take_log().len(), 3);
+    // What the disk does not move is free.
+    guest.start(u64::MAX);
+    assert_eq!(guest.ask(0, &read(64, 512))[512], IOERR);
+}
+
+#[test]
+fn limited_requests_go_on_in_time() {
+    let (mut block, state) = memory_block(MemoryDisk::new(64), config());
+    block.limit(limiter(2, Duration::from_millis(4))).unwrap();
+    let mut guest = Guest::running(Box::new(block));
+    for n in 0..20 {
+        guest.offer(0, &read(n, 512));
+    }
+    guest.kick(0);
+    for n in 0..20 {
+        assert_eq!(guest.wait_used(0).1[0], n + 1);
+    }
+    assert_eq!(state.take_log().len(), 20);
 }
 
 #[test]
