@@ -14,6 +14,8 @@ pub(crate) struct Table {
     bytes: Vec<u8>,
     dirty: Option<Range<usize>>,
     used: u64,
+    /// Its owner has checked it since it was read.
+    verified: bool,
 }
 
 impl Table {
@@ -78,6 +80,18 @@ impl Cache {
         self.dirty
     }
 
+    /// Whether the table at `offset` is here and was found right, or made here.
+    pub fn is_verified(&self, offset: u64) -> bool {
+        self.tables.get(&offset).is_some_and(|t| t.verified)
+    }
+
+    /// Notes that the table at `offset` was found right.
+    pub fn set_verified(&mut self, offset: u64) {
+        if let Some(t) = self.tables.get_mut(&offset) {
+            t.verified = true;
+        }
+    }
+
     pub fn contains(&self, offset: u64) -> bool {
         self.tables.contains_key(&offset)
     }
@@ -131,6 +145,7 @@ impl Cache {
                     bytes,
                     dirty: None,
                     used: self.clock,
+                    verified: false,
                 },
             );
         }
@@ -149,6 +164,7 @@ impl Cache {
                 bytes,
                 dirty,
                 used: self.clock,
+                verified: true,
             },
         );
         self.dirty += 1;

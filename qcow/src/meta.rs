@@ -199,17 +199,14 @@ impl Meta {
         Ok(Some((offset, entry & COPIED != 0)))
     }
 
-    /// Brings the L2 table at `offset` into the cache. Of a writable image, COPIED flags are checked against the refcounts:
-    /// where they claim too much, they are ignored, so that a write cannot change what a snapshot shares.
-    fn load_l2(&mut self, offset: u64) -> Result<()> {
-        if self.l2.contains(offset) {
+    /// Checks the COPIED flags of the L2 table at `offset` against the refcounts, before anything is written by them. Where they claim
+    /// too much they are ignored, so that a write cannot change what a snapshot shares.
+    fn verify_l2(&mut self, offset: u64) -> Result<()> {
+        if self.l2.is_verified(offset) || self.layout.external_data {
             return Ok(());
         }
         let storage = Arc::clone(&self.storage);
         let table = self.l2.get(storage.as_ref(), offset)?;
-        if !self.writable || self.layout.external_data {
-            return Ok(());
-        }
         let step = self.layout.entry_size() as usize / 8;
         let mut wrong = Vec::new();
         for i in (0..self.layout.cluster_size() as usize / 8).step_by(step) {
@@ -226,7 +223,17 @@ impl Meta {
                 wrong.iter().for_each(|(i, w)| t.mask_word(*i, *w));
             })?;
         }
+        self.l2.set_verified(offset);
         Ok(())
+    }
+
+    /// The entry for the guest cluster at `guest`, for reading: its COPIED flag says nothing.
+    pub fn entry_to_read(&mut self, guest: u64) -> Result<L2Entry> {
+        let Some((offset, _)) = self.l2_offset(self.layout.l1_index(guest))? else {
+            return Ok(L2Entry::default());
+        };
+        let table = self.l2.get(self.storage.as_ref(), offset)?;
+        Ok(read_entry(table, &self.layout, self.layout.l2_index(guest)))
     }
 
     /// The entry for the guest cluster at `guest`. Its COPIED flag is off where the L2 table itself is shared.
@@ -234,9 +241,8 @@ impl Meta {
         let Some((offset, own)) = self.l2_offset(self.layout.l1_index(guest))? else {
             return Ok(L2Entry::default());
         };
-        self.load_l2(offset)?;
-        let storage = Arc::clone(&self.storage);
-        let table = self.l2.get(storage.as_ref(), offset)?;
+        self.verify_l2(offset)?;
+        let table = self.l2.get(self.storage.as_ref(), offset)?;
         let mut entry = read_entry(table, &self.layout, self.layout.l2_index(guest));
         if !own {
             entry.word &= !COPIED;
@@ -249,7 +255,7 @@ impl Meta {
         let index = self.layout.l1_index(guest);
         let old = self.l2_offset(index)?;
         if let Some((offset, true)) = old {
-            self.load_l2(offset)?;
+            self.verify_l2(offset)?;
             return Ok(offset);
         }
         let size = self.layout.cluster_size();

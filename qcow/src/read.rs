@@ -43,7 +43,7 @@ impl Meta {
                 at = next;
                 continue;
             }
-            let entry = self.entry(at)?;
+            let entry = self.entry_to_read(at)?;
             let cluster_end = (layout.cluster_start(at) + layout.cluster_size()).min(end);
             match entry.descriptor(&layout)? {
                 Descriptor::Compressed { offset, length } => {
