@@ -57,9 +57,9 @@ pub struct Args {
     #[argh(option, arg_name = "mode", default = "\"null\".into()")]
     pub serial: String,
 
-    /// virtio console: off (its device is not built yet)
-    #[argh(option, arg_name = "mode", default = "\"off\".into()")]
-    pub console: String,
+    /// virtio console: off, null, tty, or file=PATH (tty, unless --serial is; then off)
+    #[argh(option, arg_name = "mode")]
+    pub console: Option<String>,
 
     /// system call filters: false (they are not built yet)
     #[argh(option, arg_name = "mode", default = "\"false\".into()")]
@@ -199,9 +199,6 @@ fn repeat_lists(words: &[String]) -> Vec<String> {
 impl Args {
     /// The VM that the options describe.
     pub fn vm_config(&self) -> Result<VmConfig> {
-        if !matches!(self.console.as_str(), "off" | "null") {
-            anyhow::bail!("--console: {:?} is not built yet; off is", self.console);
-        }
         if self.seccomp != "false" {
             anyhow::bail!("--seccomp: {:?} is not built yet; false is", self.seccomp);
         }
@@ -215,6 +212,10 @@ impl Args {
             memory: MemoryConfig::parse(&self.memory)?,
             payload,
             serial: ConsoleConfig::parse("--serial", &self.serial)?,
+            console: match &self.console {
+                None => None,
+                Some(mode) => Some(ConsoleConfig::parse("--console", mode)?),
+            },
             disks: self
                 .disk
                 .iter()

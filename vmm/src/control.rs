@@ -9,10 +9,10 @@ use hypervisor::Hypervisor;
 use thiserror::Error;
 
 use crate::config::{ConsoleMode, VmConfig};
-use crate::console::{Escape, Output, terminal};
+use crate::console::{Escape, Output, Outputs, terminal};
 use crate::event::{Event, EventReceiver, EventSender};
 use crate::machine::{Machine, MachineError};
-use crate::signals::Signals;
+use crate::signals::{Signals, Taken};
 
 /// Why the VMM ended without a failure of its own.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -37,9 +37,11 @@ pub enum ControlError {
         #[source]
         source: io::Error,
     },
-    /// The file of `--serial file=`.
-    #[error("opening {} for the serial port", path.display())]
-    SerialFile {
+    /// The file of `--serial file=` or `--console file=`.
+    #[error("{option}: opening {path:?}")]
+    File {
+        /// Which of them.
+        option: &'static str,
         /// Its path.
         path: PathBuf,
         /// What the kernel said.
@@ -74,20 +76,25 @@ pub fn run(
     events: &EventSender,
     receiver: &EventReceiver,
 ) -> Result<Ended, ControlError> {
-    let serial = SerialSink::open(&config.serial.mode)?;
-    let output = serial.output(events)?;
-    let built = Machine::new(hypervisor, config, output.clone(), events);
-    let mut machine = match built {
+    let sinks = [
+        Sink::open("--serial", &config.serial.mode)?,
+        Sink::open("--console", config.console_mode())?,
+    ];
+    let outputs = Outputs {
+        serial: sinks[0].output("serial-out", events)?,
+        console: sinks[1].output("console-out", events)?,
+    };
+    let mut machine = match Machine::new(hypervisor, config, &outputs, events) {
         Ok(machine) => machine,
         Err(e) => {
-            serial.undo();
+            sinks.iter().for_each(Sink::undo);
             return Err(e.into());
         }
     };
-    // The file is emptied and the terminal turns raw only now: an error above finds them as they
+    // Files are emptied and the terminal turns raw only now: an error above finds them as they
     // were.
-    serial.begin()?;
-    let mut typing = Typing::start(&config.serial.mode)?;
+    sinks.iter().try_for_each(Sink::begin)?;
+    let mut typing = Typing::start(config)?;
     machine.start(events)?;
     let ended = loop {
         if let Some(ended) = wait(&mut machine, &mut typing, signals, receiver)? {
@@ -96,14 +103,14 @@ pub fn run(
         let mut reset = false;
         while let Some(event) = receiver.try_next() {
             match event {
-                Event::GuestShutdown => return finish(machine, output, Ok(Ended::GuestShutdown)),
+                Event::GuestShutdown => return finish(machine, &outputs, Ok(Ended::GuestShutdown)),
                 Event::GuestReset => reset = true,
-                Event::OutputRoom => machine.serial_output_ready(),
+                Event::OutputRoom => machine.devices().output_ready(),
                 Event::TripleFault { cpu } => {
-                    return finish(machine, output, Err(ControlError::TripleFault { cpu }));
+                    return finish(machine, &outputs, Err(ControlError::TripleFault { cpu }));
                 }
                 Event::Failed(why) => {
-                    return finish(machine, output, Err(ControlError::Failed(why)));
+                    return finish(machine, &outputs, Err(ControlError::Failed(why)));
                 }
             }
         }
@@ -113,27 +120,28 @@ pub fn run(
             // Events that the old machine's other vCPUs sent on their way out. If the output got
             // room among them, the new serial port has nothing waiting for it.
             while receiver.try_next().is_some() {}
-            machine = Machine::new(hypervisor, config, output.clone(), events)?;
+            machine = Machine::new(hypervisor, config, &outputs, events)?;
             machine.start(events)?;
         }
     };
-    finish(machine, output, Ok(ended))
+    finish(machine, &outputs, Ok(ended))
 }
 
 fn finish(
     machine: Machine,
-    output: Option<Output>,
+    outputs: &Outputs,
     result: Result<Ended, ControlError>,
 ) -> Result<Ended, ControlError> {
     drop(machine);
-    if let Some(output) = output {
+    for output in [&outputs.serial, &outputs.console].into_iter().flatten() {
         output.close();
     }
     result
 }
 
-/// The host's end of the serial port's output.
-struct SerialSink {
+/// The host's end of a console's output.
+struct Sink {
+    option: &'static str,
     sink: Option<File>,
     /// Of `file=`.
     path: Option<PathBuf>,
@@ -141,9 +149,10 @@ struct SerialSink {
     created: bool,
 }
 
-impl SerialSink {
-    fn open(mode: &ConsoleMode) -> Result<Self, ControlError> {
+impl Sink {
+    fn open(option: &'static str, mode: &ConsoleMode) -> Result<Self, ControlError> {
         let mut this = Self {
+            option,
             sink: None,
             path: None,
             created: false,
@@ -165,7 +174,8 @@ impl SerialSink {
                     Err(e) if e.kind() == io::ErrorKind::AlreadyExists => options.open(path),
                     Err(e) => Err(e),
                 };
-                this.sink = Some(opened.map_err(|source| ControlError::SerialFile {
+                this.sink = Some(opened.map_err(|source| ControlError::File {
+                    option,
                     path: path.clone(),
                     source,
                 })?);
@@ -176,13 +186,13 @@ impl SerialSink {
     }
 
     /// Starts the thread that writes to it.
-    fn output(&self, events: &EventSender) -> Result<Option<Output>, ControlError> {
+    fn output(&self, thread: &str, events: &EventSender) -> Result<Option<Output>, ControlError> {
         let Some(sink) = &self.sink else {
             return Ok(None);
         };
-        let sink = sink.try_clone().map_err(setup("serial output"))?;
+        let sink = sink.try_clone().map_err(setup("console output"))?;
         let events = events.try_clone().map_err(setup("eventfd"))?;
-        let output = Output::start("serial-out", sink, events).map_err(setup("output thread"))?;
+        let output = Output::start(thread, sink, events).map_err(setup("output thread"))?;
         Ok(Some(output))
     }
 
@@ -191,7 +201,11 @@ impl SerialSink {
         if let (Some(file), Some(_)) = (&self.sink, &self.path)
             && file.metadata().is_ok_and(|m| m.is_file())
         {
-            file.set_len(0).map_err(setup("emptying the serial file"))?;
+            file.set_len(0).map_err(|source| ControlError::File {
+                option: self.option,
+                path: self.path.clone().unwrap_or_default(),
+                source,
+            })?;
         }
         Ok(())
     }
@@ -217,24 +231,25 @@ fn duplicate(fd: RawFd) -> io::Result<File> {
     Ok(unsafe { File::from_raw_fd(new) })
 }
 
-/// Standard input on its way to the serial port.
+/// Standard input on its way to the console that has the terminal.
 struct Typing {
     input: Option<File>,
     escape: Option<Escape>,
-    /// Read, and not yet taken by the port.
+    /// Read, and not yet taken by the console.
     waiting: Vec<u8>,
     _raw: Option<terminal::RawMode>,
 }
 
 impl Typing {
-    fn start(mode: &ConsoleMode) -> Result<Self, ControlError> {
+    fn start(config: &VmConfig) -> Result<Self, ControlError> {
         let mut typing = Self {
             input: None,
             escape: None,
             waiting: Vec::new(),
             _raw: None,
         };
-        if matches!(mode, ConsoleMode::Tty) {
+        let modes = [&config.serial.mode, config.console_mode()];
+        if modes.contains(&&ConsoleMode::Tty) {
             // A process may be started without standard input; it then simply has none.
             typing.input = duplicate(libc::STDIN_FILENO).ok();
             if terminal::is_terminal(libc::STDIN_FILENO) {
@@ -274,7 +289,7 @@ impl Typing {
     }
 
     fn pass_to(&mut self, machine: &Machine) {
-        let taken = machine.serial_input(&self.waiting);
+        let taken = machine.devices().type_in(&self.waiting);
         self.waiting.drain(..taken.min(self.waiting.len()));
     }
 }
@@ -299,7 +314,12 @@ fn wait(
     let mut fds = [
         watch(receiver.wake_fd().as_raw_fd()),
         watch(signals.as_raw_fd()),
-        watch(machine.serial_room().map_or(-1, |fd| fd.as_raw_fd())),
+        watch(
+            machine
+                .devices()
+                .input_room()
+                .map_or(-1, |fd| fd.as_raw_fd()),
+        ),
         watch(input),
     ];
     poll(&mut fds).map_err(setup("poll"))?;
@@ -308,13 +328,17 @@ fn wait(
         // Only a wake-up: the channel has the events.
         let _ = receiver.wake_fd().read();
     }
-    if signal && signals.take() {
-        return Ok(Some(Ended::Signal));
+    if signal {
+        match signals.take() {
+            Some(Taken::End) => return Ok(Some(Ended::Signal)),
+            Some(Taken::Resize) => machine.devices().resize_terminal(terminal::size()),
+            None => {}
+        }
     }
     if typed && typing.read() {
         return Ok(Some(Ended::Typed));
     }
-    if room && let Some(fd) = machine.serial_room() {
+    if room && let Some(fd) = machine.devices().input_room() {
         let _ = fd.read();
     }
     if !typing.waiting.is_empty() {

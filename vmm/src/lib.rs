@@ -12,6 +12,7 @@ mod memory_manager;
 pub mod signals;
 pub mod threads;
 
+pub use device_manager::{DeviceError, DeviceManager};
 pub use machine::{Machine, MachineError};
 
 /// An error and its causes as one line: `a: b: c`.

@@ -7,10 +7,9 @@ use std::sync::Arc;
 
 use hypervisor::{Hypervisor, HypervisorError, Vcpu, Vm, VmError};
 use thiserror::Error;
-use vmm_sys_util::eventfd::EventFd;
 
 use crate::config::VmConfig;
-use crate::console::Output;
+use crate::console::Outputs;
 use crate::cpu_manager::{CpuError, CpuManager};
 use crate::device_manager::{DeviceError, DeviceManager};
 use crate::event::EventSender;
@@ -77,15 +76,15 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Builds the machine that `config` describes, up to the guest's first instruction. `output` is
-    /// the host's end of COM1.
+    /// Builds the machine that `config` describes, up to the guest's first instruction. `outputs`
+    /// are the host's ends of its consoles.
     ///
     /// # Errors
     /// Whatever the host refuses, and payloads that are none. Nothing is left behind.
     pub fn new(
         hypervisor: &dyn Hypervisor,
         config: &VmConfig,
-        output: Option<Output>,
+        outputs: &Outputs,
         events: &EventSender,
     ) -> Result<Self, MachineError> {
         let memory = MemoryManager::new(&config.memory)?;
@@ -100,7 +99,7 @@ impl Machine {
         let supported = hypervisor.supported_cpuid()?;
         let address_bits = arch::cpuid::address_bits(&supported);
         let devices =
-            DeviceManager::new(&vm, config, memory.memory(), address_bits, output, events)?;
+            DeviceManager::new(&vm, config, memory.memory(), address_bits, outputs, events)?;
         let vcpus = boot::prepare(vm.as_ref(), &supported, config, memory.memory(), &devices)?;
         Ok(Self {
             cpus: None,
@@ -123,18 +122,8 @@ impl Machine {
         Ok(())
     }
 
-    /// Types `bytes` at the serial port; how many it took.
-    pub fn serial_input(&self, bytes: &[u8]) -> usize {
-        self.devices.serial_input(bytes)
-    }
-
-    /// Readable when the serial port takes input again.
-    pub fn serial_room(&self) -> Option<&EventFd> {
-        self.devices.serial_room()
-    }
-
-    /// The host's end of the serial port has room again.
-    pub fn serial_output_ready(&self) {
-        self.devices.serial_output_ready();
+    /// The devices.
+    pub fn devices(&self) -> &DeviceManager {
+        &self.devices
     }
 }

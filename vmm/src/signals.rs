@@ -1,10 +1,19 @@
-//! SIGTERM, SIGINT and SIGHUP as a descriptor: blocked in every thread, read by the control thread.
+//! SIGTERM, SIGINT, SIGHUP and SIGWINCH as a descriptor: blocked in every thread, read by the control thread.
 
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsRawFd, FromRawFd, RawFd};
 
-/// The signals that end the VMM cleanly.
+/// What a signal asks for.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Taken {
+    /// To end cleanly.
+    End,
+    /// To look at the size of the terminal.
+    Resize,
+}
+
+/// The signals that the VMM acts on.
 #[derive(Debug)]
 pub struct Signals {
     file: File,
@@ -19,7 +28,7 @@ impl Signals {
         let fd = unsafe {
             let mut set: libc::sigset_t = std::mem::zeroed();
             libc::sigemptyset(&raw mut set);
-            for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP] {
+            for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGWINCH] {
                 libc::sigaddset(&raw mut set, signal);
             }
             if libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) != 0 {
@@ -35,10 +44,16 @@ impl Signals {
         Ok(Self { file })
     }
 
-    /// Takes a pending signal; false when there was none.
-    pub fn take(&self) -> bool {
+    /// Takes a pending signal, if there is one.
+    pub fn take(&self) -> Option<Taken> {
         let mut buffer = [0; size_of::<libc::signalfd_siginfo>()];
-        (&self.file).read_exact(&mut buffer).is_ok()
+        (&self.file).read_exact(&mut buffer).ok()?;
+        // ssi_signo comes first.
+        let (number, _) = buffer.split_first_chunk()?;
+        match i32::try_from(u32::from_ne_bytes(*number)) {
+            Ok(libc::SIGWINCH) => Some(Taken::Resize),
+            _ => Some(Taken::End),
+        }
     }
 }
 

@@ -57,6 +57,8 @@ pub struct VmConfig {
     pub payload: Option<PayloadConfig>,
     /// COM1.
     pub serial: ConsoleConfig,
+    /// The virtio console; where not told, the terminal, unless COM1 has it.
+    pub console: Option<ConsoleConfig>,
     /// Disks, in the order in which the guest finds them.
     pub disks: Vec<DiskConfig>,
     /// Entropy.
@@ -64,6 +66,15 @@ pub struct VmConfig {
 }
 
 impl VmConfig {
+    /// Where the virtio console's bytes go.
+    pub fn console_mode(&self) -> &ConsoleMode {
+        match (&self.console, &self.serial.mode) {
+            (Some(console), _) => &console.mode,
+            (None, ConsoleMode::Tty) => &ConsoleMode::Off,
+            (None, _) => &ConsoleMode::Tty,
+        }
+    }
+
     /// Checks the rules that span options, and each option's own.
     pub fn validate(&self) -> Result<(), ConfigError> {
         self.cpus.validate()?;
@@ -75,6 +86,12 @@ impl VmConfig {
             ));
         };
         payload.validate()?;
+        if self.serial.mode == ConsoleMode::Tty && *self.console_mode() == ConsoleMode::Tty {
+            return Err(ConfigError::value(
+                "--console",
+                "tty is taken by --serial; only one of them can be the terminal",
+            ));
+        }
         for disk in &self.disks {
             disk.validate()?;
         }
@@ -110,12 +127,41 @@ mod tests {
                 ..PayloadConfig::default()
             }),
             serial: ConsoleConfig::parse("--serial", "file=/tmp/out").unwrap(),
+            console: Some(ConsoleConfig::parse("--console", "null").unwrap()),
             disks: vec![DiskConfig::parse("path=/d,id=a").unwrap()],
             rng: RngConfig::parse("src=/dev/random").unwrap(),
         };
         let text = serde_json::to_string(&config).unwrap();
         assert_eq!(serde_json::from_str::<VmConfig>(&text).unwrap(), config);
         config.validate().unwrap();
+    }
+
+    #[test]
+    fn one_terminal_has_one_console() {
+        let config = |serial, console: Option<&str>| VmConfig {
+            payload: Some(PayloadConfig {
+                kernel: "/k".into(),
+                ..PayloadConfig::default()
+            }),
+            serial: ConsoleConfig::parse("--serial", serial).unwrap(),
+            console: console.map(|mode| ConsoleConfig::parse("--console", mode).unwrap()),
+            ..VmConfig::default()
+        };
+        let error = config("tty", Some("tty"))
+            .validate()
+            .unwrap_err()
+            .to_string();
+        assert!(error.starts_with("--console: tty"), "{error}");
+        for (serial, console, mode) in [
+            ("tty", None, ConsoleMode::Off),
+            ("null", None, ConsoleMode::Tty),
+            ("off", Some("null"), ConsoleMode::Null),
+            ("tty", Some("file=/c"), ConsoleMode::File("/c".into())),
+        ] {
+            let config = config(serial, console);
+            config.validate().unwrap();
+            assert_eq!(*config.console_mode(), mode);
+        }
     }
 
     #[test]

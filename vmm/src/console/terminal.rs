@@ -13,6 +13,18 @@ pub fn is_terminal(fd: RawFd) -> bool {
     unsafe { libc::isatty(fd) == 1 }
 }
 
+/// Columns and rows of the terminal at standard output; zeros where there is none.
+#[allow(unsafe_code)]
+pub fn size() -> (u16, u16) {
+    // SAFETY: an all-zero winsize is valid.
+    let mut size: libc::winsize = unsafe { std::mem::zeroed() };
+    // SAFETY: the kernel writes a winsize to the pointer, which is to one of ours, or fails.
+    if unsafe { libc::ioctl(libc::STDOUT_FILENO, libc::TIOCGWINSZ, &raw mut size) } != 0 {
+        return (0, 0);
+    }
+    (size.ws_col, size.ws_row)
+}
+
 /// Restores the terminal when dropped.
 #[derive(Debug)]
 pub struct RawMode(());

@@ -19,14 +19,14 @@ use vm_allocator::{AddressAllocator, AllocatorError, IdAllocator};
 use vm_device::{Bus, BusDevice, BusError};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use crate::config::VmConfig;
-use crate::console::Output;
+use crate::config::{ConsoleMode, VmConfig};
+use crate::console::Outputs;
 use crate::cpu_manager::ExitRoutes;
 use crate::event::EventSender;
 
 use self::interrupts::{IoapicInterrupts, Routing};
 use self::pci::Pci;
-use self::virtio::{Memory, VirtioHost};
+use self::virtio::{ConsoleEnds, Memory, VirtioHost};
 
 /// What can go wrong in making devices.
 #[derive(Debug, Error)]
@@ -67,6 +67,9 @@ pub enum DeviceError {
     /// A disk cannot be a block device of the guest.
     #[error("--disk")]
     Block(#[from] virtio_devices::BlockError),
+    /// The virtio console.
+    #[error("--console")]
+    Console(#[from] virtio_devices::ConsoleError),
     /// The source of entropy.
     #[error("--rng")]
     Rng(#[from] virtio_devices::RngError),
@@ -95,17 +98,39 @@ pub struct DeviceManager {
     serial_room: EventFd,
     ged: arch::acpi::Ged,
     pci: Pci,
+    console: Option<ConsoleEnds>,
+    input: Input,
+}
+
+/// Which device hears what is typed.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Input {
+    Nobody,
+    Serial,
+    Console,
+}
+
+impl Input {
+    fn of(config: &VmConfig) -> Self {
+        if config.serial.mode == ConsoleMode::Tty {
+            Self::Serial
+        } else if *config.console_mode() == ConsoleMode::Tty {
+            Self::Console
+        } else {
+            Self::Nobody
+        }
+    }
 }
 
 impl DeviceManager {
     /// Makes the devices that `config` asks for. `ram` is the guest's memory, `address_bits` is the width of the guest's physical
-    /// addresses, `output` the host's end of COM1.
+    /// addresses, `outputs` the host's ends of its consoles.
     pub fn new(
         vm: &Arc<dyn Vm>,
         config: &VmConfig,
         ram: &Memory,
         address_bits: u8,
-        output: Option<Output>,
+        outputs: &Outputs,
         events: &EventSender,
     ) -> Result<Self, DeviceError> {
         let ports = Arc::new(Bus::default());
@@ -123,7 +148,7 @@ impl DeviceManager {
         let event_error = |name| move |source| DeviceError::Event { name, source };
         let serial_room =
             EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(event_error("serial port"))?;
-        let serial = legacy::serial(config, output, &ioapic, &serial_room)
+        let serial = legacy::serial(config, outputs.serial.clone(), &ioapic, &serial_room)
             .map_err(event_error("serial port"))?;
         if let Some(serial) = &serial {
             place(&ports, "serial port", legacy::COM1, 8, serial.clone())?;
@@ -142,9 +167,9 @@ impl DeviceManager {
             1 << address_bits,
         )?;
 
-        VirtioHost::new(vm.clone(), routing, ram.clone(), events)
+        let console = VirtioHost::new(vm.clone(), routing, ram.clone(), events)
             .map_err(event_error("virtio devices"))?
-            .add_all(&pci, config)?;
+            .add_all(&pci, config, outputs.console.clone())?;
 
         Ok(Self {
             ports,
@@ -154,6 +179,8 @@ impl DeviceManager {
             serial_room,
             ged,
             pci,
+            console,
+            input: Input::of(config),
         })
     }
 
@@ -174,32 +201,45 @@ impl DeviceManager {
         acpi.pci = Some(self.pci.describe());
     }
 
-    /// Types `bytes` at the serial port; how many it took.
-    pub fn serial_input(&self, bytes: &[u8]) -> usize {
-        match &self.serial {
-            Some(serial) => serial
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .queue_input(bytes),
+    /// Types `bytes` at the console that has the terminal; how many it took.
+    pub fn type_in(&self, bytes: &[u8]) -> usize {
+        match (self.input, &self.serial, &self.console) {
+            (Input::Serial, Some(serial), _) => lock(serial).queue_input(bytes),
+            (Input::Console, _, Some(console)) => console.input.push(bytes),
             // Nobody will ever read them.
-            None => bytes.len(),
+            _ => bytes.len(),
         }
     }
 
-    /// Readable when the serial port takes input again.
-    pub fn serial_room(&self) -> Option<&EventFd> {
-        self.serial.is_some().then_some(&self.serial_room)
+    /// Readable when that console takes input again.
+    pub fn input_room(&self) -> Option<&EventFd> {
+        match (self.input, &self.console) {
+            (Input::Serial, _) => Some(&self.serial_room),
+            (Input::Console, Some(console)) => Some(console.input.room()),
+            _ => None,
+        }
     }
 
-    /// The serial port's output has room again.
-    pub fn serial_output_ready(&self) {
+    /// An output has room again.
+    pub fn output_ready(&self) {
         if let Some(serial) = &self.serial {
-            serial
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .output_ready();
+            lock(serial).output_ready();
+        }
+        if let Some(console) = &self.console {
+            console.input.output_ready();
         }
     }
+
+    /// The terminal has so many columns and rows now.
+    pub fn resize_terminal(&self, (columns, rows): (u16, u16)) {
+        if let (Input::Console, Some(console)) = (self.input, &self.console) {
+            console.handle.resize(columns, rows);
+        }
+    }
+}
+
+fn lock(serial: &Mutex<Serial>) -> std::sync::MutexGuard<'_, Serial> {
+    serial.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Drop for DeviceManager {

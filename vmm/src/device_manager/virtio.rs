@@ -6,7 +6,7 @@ use std::sync::Arc;
 use block_util::Engine;
 use hypervisor::{IoEventAddress, Vm};
 use virtio_devices::transport::pci::{Host, Notifications, VirtioPciDevice};
-use virtio_devices::{Block, BlockConfig, Rng, SERIAL_LEN};
+use virtio_devices::{Block, BlockConfig, Console, ConsoleHandle, ConsoleInput, Rng, SERIAL_LEN};
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 use vm_virtio::{Job, Spawn, VirtioDevice};
 use vmm_sys_util::eventfd::EventFd;
@@ -14,13 +14,20 @@ use vmm_sys_util::eventfd::EventFd;
 use super::DeviceError;
 use super::interrupts::{MsiVectors, Routing};
 use super::pci::Pci;
-use crate::config::{DiskConfig, VmConfig};
+use crate::config::{ConsoleMode, DiskConfig, VmConfig};
+use crate::console::{Output, terminal};
 use crate::disk;
 use crate::event::EventSender;
 use crate::threads;
 
 /// Guest memory as virtio devices hold it.
 pub(super) type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
+
+/// The host's ends of the console.
+pub(super) struct ConsoleEnds {
+    pub(super) input: Arc<ConsoleInput>,
+    pub(super) handle: ConsoleHandle,
+}
 
 /// What every virtio device gets.
 pub(super) struct VirtioHost {
@@ -48,14 +55,49 @@ impl VirtioHost {
         })
     }
 
-    /// Makes the devices of `config` and puts them on `pci`.
-    pub(super) fn add_all(&self, pci: &Pci, config: &VmConfig) -> Result<(), DeviceError> {
+    /// Makes the devices of `config` and puts them on `pci`. `output` is the host's end of the
+    /// console.
+    pub(super) fn add_all(
+        &self,
+        pci: &Pci,
+        config: &VmConfig,
+        output: Option<Output>,
+    ) -> Result<Option<ConsoleEnds>, DeviceError> {
         for (index, disk) in config.disks.iter().enumerate() {
             let id = disk.id.clone().unwrap_or_else(|| format!("_disk{index}"));
             self.add(pci, &id, Box::new(block(&id, disk)?))?;
         }
         let rng = Rng::open("_rng", &config.rng.src)?;
-        self.add(pci, "_rng", Box::new(rng))
+        self.add(pci, "_rng", Box::new(rng))?;
+        if *config.console_mode() == ConsoleMode::Off {
+            return Ok(None);
+        }
+        self.add_console(pci, config.console_mode(), output)
+            .map(Some)
+    }
+
+    fn add_console(
+        &self,
+        pci: &Pci,
+        mode: &ConsoleMode,
+        output: Option<Output>,
+    ) -> Result<ConsoleEnds, DeviceError> {
+        let input = ConsoleInput::new().map_err(|source| DeviceError::Event {
+            name: "console",
+            source,
+        })?;
+        let output: Box<dyn io::Write + Send> = match output {
+            Some(output) => Box::new(output),
+            None => Box::new(io::sink()),
+        };
+        let size = match mode {
+            ConsoleMode::Tty => terminal::size(),
+            _ => (0, 0),
+        };
+        let console = Console::new("_console", output, input.clone(), size)?;
+        let handle = console.handle();
+        self.add(pci, "_console", Box::new(console))?;
+        Ok(ConsoleEnds { input, handle })
     }
 
     fn add(
