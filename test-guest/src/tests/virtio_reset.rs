@@ -13,8 +13,8 @@ use crate::virtio::queue::Segment;
 use crate::virtio::{Transport, common};
 use crate::{dma, line, number};
 
-/// Sectors a request.
-const CHUNK: u64 = 16;
+/// Sectors a request, at most.
+const CHUNK: u64 = 128;
 /// Requests in flight, at most.
 const DEPTH: u64 = 48;
 
@@ -23,11 +23,13 @@ pub fn reset() -> Outcome {
     at_cpl3(|| {
         states()?;
         let times = number("resets").unwrap_or(8);
-        let mut answered = 0;
+        let (mut in_flight, mut lost) = (0, 0);
         for i in 0..times {
-            answered += one(i)?;
+            let counts = one(i)?;
+            in_flight += counts.0;
+            lost += counts.1;
         }
-        line!("VALUE blk_resets {times} answered={answered}");
+        line!("VALUE blk_resets {times} in_flight={in_flight} lost={lost}");
         Ok(())
     })
 }
@@ -70,8 +72,8 @@ fn states() -> Outcome {
     Ok(())
 }
 
-/// One reset; how many requests had been answered.
-fn one(turn: u64) -> Outcome<u64> {
+/// One reset; how many requests were in flight then, and how many of them never came back.
+fn one(turn: u64) -> Outcome<(u64, u64)> {
     dma::reset();
     let setup = Setup {
         queues: 8,
@@ -81,15 +83,16 @@ fn one(turn: u64) -> Outcome<u64> {
     };
     let mut blk = Blk::open(setup)?;
     let (first, count) = area(&blk)?;
-    let requests = DEPTH.min(count / CHUNK);
-    let bytes = CHUNK * 512;
+    let chunk = (count / DEPTH).clamp(1, CHUNK);
+    let requests = DEPTH.min(count / chunk);
+    let bytes = chunk * 512;
     let buffer = dma::take(requests * bytes, 4096)?;
     let (old, new) = (60 + turn, 61 + turn);
     let writes = blk.features & F_RO == 0;
     if writes {
         for i in 0..requests {
-            let sector = first + i * CHUNK;
-            pattern::fill(buffer, old, sector, CHUNK);
+            let sector = first + i * chunk;
+            pattern::fill(buffer, old, sector, chunk);
             let done = blk.run(0, OUT, sector, &[Segment::readable(buffer, bytes as u32)])?;
             same("status of a write", u64::from(done.status), u64::from(OK))?;
         }
@@ -103,29 +106,38 @@ fn one(turn: u64) -> Outcome<u64> {
             IN
         }
     };
+    let mut sent = 0;
     for i in 0..requests {
-        let (sector, at) = (first + i * CHUNK, buffer + i * bytes);
+        let (sector, at) = (first + i * chunk, buffer + i * bytes);
         let segment = if kind(i) == OUT {
-            pattern::fill(at, new, sector, CHUNK);
+            pattern::fill(at, new, sector, chunk);
             Segment::readable(at, bytes as u32)
         } else {
             dma::fill(at, bytes, 0);
             Segment::writable(at, bytes as u32)
         };
         let queue = i as usize % blk.count;
-        blk.start(queue, kind(i), sector, &[segment])?;
+        sent += u64::from(blk.start(queue, kind(i), sector, &[segment])?.is_some());
     }
     for queue in 0..blk.count {
         blk.kick(queue)?;
     }
     // Later and later: a turn waits until so many have come back.
     let mut answered = 0;
-    for _ in 0..(turn.min(4) * 3).min(requests) {
+    for _ in 0..(turn.min(4) * 3).min(sent) {
         let done = blk.finish(answered as usize % blk.count)?;
         same("status of a request", u64::from(done.status), u64::from(OK))?;
         answered += 1;
     }
+    let mut in_flight = sent - answered;
+    for queue in 0..blk.count {
+        in_flight -= u64::from(blk.queue(queue)?.used_count());
+    }
     blk.transport.reset()?;
+    let mut lost = sent - answered;
+    for queue in 0..blk.count {
+        lost -= u64::from(blk.queue(queue)?.used_count());
+    }
 
     // From here on memory is ours alone.
     for i in 0..requests {
@@ -151,14 +163,14 @@ fn one(turn: u64) -> Outcome<u64> {
 
     let mut blk = Blk::open(setup)?;
     for i in 0..requests {
-        let sector = first + i * CHUNK;
+        let sector = first + i * chunk;
         let done = blk.run(0, IN, sector, &[Segment::writable(buffer, bytes as u32)])?;
         same(
             "status of a read after a reset",
             u64::from(done.status),
             u64::from(OK),
         )?;
-        for s in 0..if writes { CHUNK } else { 0 } {
+        for s in 0..if writes { chunk } else { 0 } {
             let at = buffer + s * 512;
             let good = pattern::is(at, old, sector + s)
                 || (kind(i) == OUT && pattern::is(at, new, sector + s));
@@ -171,5 +183,5 @@ fn one(turn: u64) -> Outcome<u64> {
             }
         }
     }
-    Ok(answered)
+    Ok((in_flight, lost))
 }

@@ -219,9 +219,14 @@ impl Queue {
         fence(Ordering::SeqCst);
     }
 
-    /// True when the device has used something that isn't taken yet.
+    /// How many chains the device has used that aren't taken yet.
+    pub fn used_count(&self) -> u16 {
+        read::<u16>(self.used + 2).wrapping_sub(self.last_used)
+    }
+
+    /// True when there is such a chain.
     pub fn has_used(&self) -> bool {
-        read::<u16>(self.used + 2) != self.last_used
+        self.used_count() != 0
     }
 
     /// Takes the next used chain; fails when the device returned one that it hadn't got.
