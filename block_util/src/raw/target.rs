@@ -12,6 +12,7 @@ use super::sys::{self, DirectAlignment};
 use crate::buffer::AlignedBuf;
 use crate::disk::{DiskError, Geometry};
 use crate::image_type::{ImageType, SECTOR};
+use crate::lock::unlock_file;
 
 /// The file behind a raw disk.
 #[derive(Debug)]
@@ -120,6 +121,14 @@ impl Target {
         };
         let mut magic = [0; 8];
         bounce::read_at(self, &mut magic, footer).is_err() || ImageType::is_footer(&magic)
+    }
+}
+
+impl Drop for Target {
+    fn drop(&mut self) {
+        // Nothing is in flight, but the kernel may let go of an engine's hold on the file a little later, and a lock would
+        // last as long.
+        let _ = unlock_file(&self.file, &self.path);
     }
 }
 

@@ -247,3 +247,33 @@ fn more_pieces_than_the_kernel_takes_go_in_turns() {
     target.file.read_exact_at(&mut file, 0).unwrap();
     assert!(file[..5000].iter().all(|&b| b == 7) && file[5000] == 0);
 }
+
+#[test]
+fn a_guest_cannot_change_what_was_checked() {
+    let options = RawOptions {
+        protect_format: true,
+        ..RawOptions::default()
+    };
+    let target = target(&options);
+    let mut memory = AlignedBuf::new(1 << 18, 512).unwrap();
+    memory.as_mut_slice().fill(b'X');
+    let buffers = pieces(&mut memory, 4096);
+    let operation = Operation::Write {
+        offset: 0,
+        buffers: &buffers,
+        durable: false,
+    };
+    let mut transfer = start(&target, operation);
+    // The sector has been looked at. What the guest now makes of its memory comes too late for it.
+    memory.as_mut_slice()[..4].copy_from_slice(b"QFI\xfb");
+    while result(&transfer).is_none() {
+        transfer.run_step(&target);
+    }
+    assert_eq!(result(&transfer), Some(Ok(())));
+    let mut magic = [0; 4];
+    target.file.read_exact_at(&mut magic, 0).unwrap();
+    assert_eq!(&magic, b"XXXX");
+    // And if it was there in time, it is refused.
+    let transfer = start(&target, operation);
+    assert_eq!(result(&transfer), Some(Err(libc::EPERM)));
+}

@@ -260,7 +260,7 @@ impl Drop for UringIo {
                 break;
             }
         }
-        // The kernel ends a ring some time after it is closed: let go of the disk, and so of its lock, now.
+        // The kernel ends a ring some time after it is closed: let go of the disk now.
         let _ = self.ring.submitter().unregister_files();
     }
 }
