@@ -23,8 +23,9 @@ use vm_virtio::{
     Source,
 };
 
+use super::SERIAL_LEN;
 use super::request::{Request, Status};
-use super::{SERIAL_LEN, Shared};
+use super::shared::Shared;
 
 /// Guest memory as it was when a request came: what keeps its buffers mapped.
 type Mapping<M> = <M as GuestAddressSpace>::T;
