@@ -165,6 +165,12 @@ fn memory(kvm: Kvm, size: u64) -> Vec<(u64, u64)> {
 }
 
 #[test]
+fn as_many_vcpus_as_there_can_be() {
+    let Some(kvm) = Kvm::here() else { return };
+    BareMetal::new(kvm).cpus(254).run(&["smp", "acpi", "cpuid"]);
+}
+
+#[test]
 fn memory_of_128_mib() {
     let Some(kvm) = Kvm::here() else { return };
     assert_eq!(memory(kvm, 128 * MIB), []);

@@ -64,7 +64,6 @@ fn devices_of_later_versions_are_refused_by_name() {
         );
     }
     for (option, value) in [
-        ("--console", "tty"),
         ("--seccomp", "true"),
         ("--memory", "size=1G,hotplug_size=1G"),
     ] {
@@ -75,6 +74,16 @@ fn devices_of_later_versions_are_refused_by_name() {
             "{line}"
         );
     }
+}
+
+#[test]
+fn the_terminal_has_one_console() {
+    let ended = run(&["--kernel", "k", "--serial", "tty", "--console", "tty"]);
+    let line = ended.expect_refusal();
+    assert!(
+        line.contains("--console: tty is taken by --serial"),
+        "{line}"
+    );
 }
 
 #[test]

@@ -17,6 +17,8 @@ pub struct Linux {
     memory: u64,
     patience: Duration,
     disk: Option<String>,
+    /// The kernel's console: `ttyS0` or `hvc0`.
+    console: &'static str,
 }
 
 impl Linux {
@@ -29,6 +31,7 @@ impl Linux {
             memory: 128 * MIB,
             patience: Duration::from_secs(400),
             disk: None,
+            console: "ttyS0",
         }
     }
 
@@ -39,15 +42,21 @@ impl Linux {
     }
 
     fn start(&self, words: &str) -> Vmm {
-        let cmdline = fs::read_to_string(asset(self.cmdline)).expect("the command line");
+        let cmdline = fs::read_to_string(asset(self.cmdline))
+            .expect("the command line")
+            .replace("console=ttyS0", &format!("console={}", self.console));
+        let terminal = match self.console {
+            "hvc0" => "--console",
+            _ => "--serial",
+        };
         let builder = Vmm::builder()
             .patience(self.patience)
             .option("--kernel", asset(self.kernel))
             .option("--initramfs", asset("initramfs.cpio"))
             .option("--cmdline", format!("{} {words}", cmdline.trim_end()))
+            .option(terminal, "tty")
             .option("--cpus", format!("boot={}", self.cpus))
-            .option("--memory", format!("size={}", self.memory))
-            .option("--serial", "tty");
+            .option("--memory", format!("size={}", self.memory));
         match &self.disk {
             Some(disk) => builder.option("--disk", disk),
             None => builder,
@@ -238,6 +247,16 @@ fn a_shell_takes_commands() {
 fn a_process_reads_the_serial_port() {
     let Some(kvm) = Kvm::here() else { return };
     Linux::new(kvm).echo();
+}
+
+#[test]
+fn a_process_reads_the_virtio_console() {
+    let Some(kvm) = Kvm::here() else { return };
+    let linux = Linux {
+        console: "hvc0",
+        ..Linux::new(kvm)
+    };
+    linux.echo();
 }
 
 #[test]
