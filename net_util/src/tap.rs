@@ -277,6 +277,23 @@ impl TapQueue {
             unsafe { ioctl_with_val(self, libc::TUNSETOFFLOAD, u64::from(offloads.bits())) };
         checked(result)
     }
+
+    /// Whether packets come to this queue of several and go out of it, as they do at the start. Those of a queue that has none go to
+    /// the others, and it is neither readable nor writable, but polls as an error.
+    ///
+    /// # Errors
+    ///
+    /// When it is so already, or the tap was made for one queue.
+    pub fn set_attached(&self, attached: bool) -> io::Result<()> {
+        let mut request = named_request("");
+        request.ifr_ifru.ifru_flags = if attached {
+            libc::IFF_ATTACH_QUEUE as i16
+        } else {
+            libc::IFF_DETACH_QUEUE as i16
+        };
+        // SAFETY: TUNSETQUEUE reads one `ifreq`.
+        checked(unsafe { ioctl_with_ref(self, libc::TUNSETQUEUE, &request) })
+    }
 }
 
 /// The number of a macvtap, by which its device node goes.

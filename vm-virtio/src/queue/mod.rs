@@ -80,6 +80,8 @@ pub struct DeviceQueue {
     seen: u16,
     /// Chains were given back that the driver was not notified of.
     unsignalled: bool,
+    /// The used index of the last look whether the driver wants to be notified.
+    signalled: u16,
     kick: Arc<EventFd>,
     /// For `serve`.
     chain: Chain,
@@ -107,6 +109,7 @@ impl DeviceQueue {
             broken: state.broken,
             seen: state.next_available,
             unsignalled: false,
+            signalled: state.next_used,
             kick,
             chain: Chain::new(),
         };
@@ -344,6 +347,39 @@ impl DeviceQueue {
         Ok(())
     }
 
+    /// Gives several chains back at once, each with the bytes written to it: the driver sees none of them before it sees all (§5.1.6.4).
+    ///
+    /// # Errors
+    /// As [`add_used`](Self::add_used). None is given back then.
+    pub fn add_used_together<M: GuestMemory>(
+        &mut self,
+        memory: &M,
+        used: &[(u16, u32)],
+    ) -> Result<(), QueueError> {
+        let Some((&(last, written), others)) = used.split_last() else {
+            return Ok(());
+        };
+        let (next, size) = (self.ring.next_used(), self.ring.size());
+        let mut slot = next;
+        for &(head, written) in others {
+            // Within the ring, which was in memory when the queue was set up.
+            let place = GuestAddress(self.ring.used_ring())
+                .unchecked_add(4 + 8 * u64::from(slot & size.saturating_sub(1)));
+            let element = u64::from(head) | u64::from(written) << 32;
+            memory
+                .write_obj(element.to_le(), place)
+                .map_err(|source| self.error(in_used(source)))?;
+            slot = slot.wrapping_add(1);
+        }
+        // Its element is the last, and the index that it moves is past all.
+        self.ring.set_next_used(slot);
+        let added = self.add_used(memory, last, written);
+        if added.is_err() {
+            self.ring.set_next_used(next);
+        }
+        added
+    }
+
     /// Sends the driver an interrupt if chains were given back since the last call and it wants to know.
     ///
     /// # Errors
@@ -356,19 +392,24 @@ impl DeviceQueue {
         if !std::mem::take(&mut self.unsignalled) {
             return Ok(());
         }
-        let wanted = if self.ring.event_idx_enabled() {
-            self.ring
-                .needs_notification(memory)
-                .map_err(|e| self.ring_error(e))?
-        } else {
-            // §2.7.7.2: the flag is read after the used index is written.
-            fence(Ordering::SeqCst);
-            let flags: u16 = memory
-                .load(GuestAddress(self.ring.avail_ring()), Ordering::Relaxed)
+        // §2.7.7.2: flag and event are read after the used index is written.
+        fence(Ordering::SeqCst);
+        let available = GuestAddress(self.ring.avail_ring());
+        let load = |offset| -> Result<u16, QueueError> {
+            memory
+                .load(available.unchecked_add(offset), Ordering::Relaxed)
                 .map(u16::from_le)
-                .map_err(|source| self.error(in_available(source)))?;
-            u32::from(flags) & VRING_AVAIL_F_NO_INTERRUPT == 0
+                .map_err(|source| self.error(in_available(source)))
         };
+        let used = self.ring.next_used();
+        let wanted = if self.ring.event_idx_enabled() {
+            // §2.7.10: the driver's event is among the indexes that were used since the last look.
+            let event = load(4 + 2 * u64::from(self.ring.size()))?;
+            used.wrapping_sub(event).wrapping_sub(1) < used.wrapping_sub(self.signalled)
+        } else {
+            u32::from(load(0)?) & VRING_AVAIL_F_NO_INTERRUPT == 0
+        };
+        self.signalled = used;
         if wanted {
             interrupt.queue(self.index);
         }
@@ -467,6 +508,13 @@ impl DeviceQueue {
 fn in_available(source: GuestMemoryError) -> Fault {
     Fault::Memory {
         what: "available ring",
+        source,
+    }
+}
+
+fn in_used(source: GuestMemoryError) -> Fault {
+    Fault::Memory {
+        what: "used ring",
         source,
     }
 }
