@@ -414,6 +414,44 @@ fn queues_have_a_way_in_each_and_idle_ones_none() {
 }
 
 #[test]
+fn queues_come_home_in_their_order() {
+    let memory = vm_virtio::testing::memory();
+    let queue = |index: u16, ready| {
+        let base = 0x1_0000 * (u64::from(index) + 1);
+        let state = QueueV1 {
+            ready,
+            ..DriverQueue::new(&memory, base, 64, false).state()
+        };
+        let kick = Arc::new(EventFd::new(EFD_NONBLOCK).unwrap());
+        DeviceQueue::new(index, 128, &state, VERSION_1, &*memory, kick).unwrap()
+    };
+    let (mut block, _) = memory_block(
+        MemoryDisk::new(1),
+        BlockConfig {
+            queues: 4,
+            ..config()
+        },
+    );
+    let activation = Activation {
+        memory: memory.clone(),
+        queues: vec![
+            queue(0, true),
+            queue(1, false),
+            queue(2, false),
+            queue(3, true),
+        ],
+        features: VERSION_1,
+        interrupt: Arc::new(TestInterrupt::default()),
+        spawn: vm_virtio::testing::spawn(),
+    };
+    block.activate(activation).unwrap();
+    let home = block.deactivate().unwrap();
+    let indexes: Vec<_> = home.iter().map(DeviceQueue::index).collect();
+    assert_eq!(indexes, [0, 1, 2, 3]);
+    assert!(block.deactivate().unwrap().is_empty());
+}
+
+#[test]
 fn a_new_size_is_told_to_the_driver() {
     let (block, state) = memory_block(MemoryDisk::new(64), config());
     let control = block.control();

@@ -16,6 +16,8 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::super::{Host, Notifications, VirtioPciDevice};
 
+/// What has not come by then never will.
+const PATIENCE: Duration = Duration::from_secs(60);
 /// Where 64-bit BARs may be.
 pub const WINDOW: u64 = 1 << 32;
 /// Messages of vector `n` have this and `n` as data.
@@ -41,6 +43,18 @@ impl Messages {
         std::mem::take(&mut self.sent.lock().unwrap())
     }
 
+    /// Waits for a message of `vector`, and takes it.
+    pub fn expect(&self, vector: u16) {
+        let sent = self.sent.lock().unwrap();
+        let waited = self
+            .changed
+            .wait_timeout_while(sent, PATIENCE, |sent| !sent.contains(&vector))
+            .unwrap();
+        let mut sent = waited.0;
+        let place = sent.iter().position(|sent| *sent == vector);
+        sent.remove(place.expect("waited in vain for a message"));
+    }
+
     /// Waits for `done`, asking after each message.
     pub fn wait_for<T>(&self, mut done: impl FnMut() -> Option<T>) -> T {
         let mut sent = self.sent.lock().unwrap();
@@ -48,10 +62,7 @@ impl Messages {
             if let Some(found) = done() {
                 return found;
             }
-            let (guard, timeout) = self
-                .changed
-                .wait_timeout(sent, Duration::from_secs(60))
-                .unwrap();
+            let (guard, timeout) = self.changed.wait_timeout(sent, PATIENCE).unwrap();
             assert!(!timeout.timed_out(), "waited in vain for a message");
             sent = guard;
         }
@@ -405,10 +416,10 @@ impl Machine {
         Some(answer)
     }
 
-    /// Offers, notifies, waits for the message.
+    /// Offers, notifies, waits for the message of the queue, and only then looks: who looks before may get no message.
     pub fn ask(&mut self, queue: u16, request: &[u8], writable: u32) -> Vec<u8> {
         self.offer(queue, request, writable);
-        let messages = self.messages.clone();
-        messages.wait_for(|| self.take_answer(queue))
+        self.messages.expect(queue + 1);
+        self.take_answer(queue).expect("a message for nothing")
     }
 }

@@ -77,6 +77,7 @@ proptest! {
         machine.write_config(registers::BAR0, &(WINDOW as u32).to_le_bytes());
         machine.write_config(registers::BAR0 + 4, &((WINDOW >> 32) as u32).to_le_bytes());
         machine.write_config(registers::COMMAND, &6_u16.to_le_bytes());
+        machine.messages.take();
         machine.start();
         prop_assert_eq!(machine.ask(1, b"still", 5), b"llits");
     }

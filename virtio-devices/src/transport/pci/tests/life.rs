@@ -18,7 +18,10 @@ fn a_driver_asks_by_doorbell_and_hears_by_its_vector() {
     machine.start();
     for queue in [0, 2, 1, 2] {
         assert_eq!(machine.ask(queue, b"hello", 16), b"olleh");
-        assert_eq!(machine.messages.take(), [queue + 1]);
+        assert!(
+            machine.messages.take().is_empty(),
+            "one message, one vector"
+        );
     }
     // The queue's bit is set whether MSI-X is on or not, and reading clears it.
     assert_eq!(machine.read(3, 0), [1]);
@@ -223,9 +226,8 @@ fn saved_and_restored_another_goes_on() {
     assert_eq!(machine.read(3, 0), [1]);
     assert_eq!(machine.take_answer(1), None);
     machine.device.resume().unwrap();
-    let messages = machine.messages.clone();
-    assert_eq!(messages.wait_for(|| machine.take_answer(1)), b"neewteb ni");
-    assert_eq!(machine.messages.take(), [2]);
+    machine.messages.expect(2);
+    assert_eq!(machine.take_answer(1).unwrap(), b"neewteb ni");
     assert_eq!(machine.ask(0, b"after", 5), b"retfa");
 }
 
