@@ -43,7 +43,7 @@ build() {
     local which=(--bins)
     [ $# -eq 0 ] || which=(--bin "$1")
     # With --target, build scripts and procedural macros are left without these flags.
-    RUSTFLAGS=$FLAGS cargo build --locked --release --manifest-path fuzz/Cargo.toml \
+    RUSTFLAGS=$FLAGS cargo build --release --manifest-path fuzz/Cargo.toml \
         --target "$TRIPLE" --target-dir "$OUT" "${which[@]}"
 }
 
