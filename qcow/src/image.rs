@@ -213,12 +213,15 @@ impl Image {
         })
     }
 
-    pub(crate) fn wait<'a>(&self, meta: MutexGuard<'a, Meta>) -> MutexGuard<'a, Meta> {
-        self.changed.wait(meta).unwrap_or_else(|poisoned| {
+    pub(crate) fn wait<'a>(&self, mut meta: MutexGuard<'a, Meta>) -> MutexGuard<'a, Meta> {
+        meta.waiters += 1;
+        let mut meta = self.changed.wait(meta).unwrap_or_else(|poisoned| {
             let mut meta = poisoned.into_inner();
             meta.stop();
             meta
-        })
+        });
+        meta.waiters -= 1;
+        meta
     }
 
     /// The lock, once no one waits to be alone.
@@ -244,8 +247,18 @@ impl Image {
 
     /// Ends the operation with `ticket`.
     pub(crate) fn leave(&self, ticket: u64) {
-        self.lock().end(ticket);
-        self.changed.notify_all();
+        let mut meta = self.lock();
+        meta.end(ticket);
+        self.wake(meta);
+    }
+
+    /// Gives up the lock and wakes who waits for a change. With nobody there, that is no system call.
+    pub(crate) fn wake(&self, meta: MutexGuard<'_, Meta>) {
+        let waiters = meta.waiters;
+        drop(meta);
+        if waiters > 0 {
+            self.changed.notify_all();
+        }
     }
 
     /// Checks that `length` bytes at `offset` are on the disk.
@@ -375,6 +388,7 @@ pub(crate) fn load(
         next_ticket: 0,
         busy: Default::default(),
         exclusive_waiters: 0,
+        waiters: 0,
         punch_holes: options.punch_holes,
         compressed_tail: None,
         storage,

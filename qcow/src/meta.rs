@@ -51,6 +51,8 @@ pub(crate) struct Meta {
     pub busy: HashSet<u64>,
     /// Operations that wait to be alone.
     pub exclusive_waiters: usize,
+    /// Threads that wait for an operation to end.
+    pub waiters: usize,
     /// Length of the image file.
     pub file_end: u64,
     /// Whether freed clusters are punched out of the image file.

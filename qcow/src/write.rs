@@ -311,8 +311,7 @@ impl Image {
                 };
                 meta.unlock_clusters(&fill);
                 meta.end(ticket);
-                drop(meta);
-                self.changed.notify_all();
+                self.wake(meta);
                 result.map(|()| part.len())
             }
             Plan::InPlace { host, length } => {

@@ -124,8 +124,7 @@ impl Image {
         };
         meta.busy.remove(&guest);
         meta.end(ticket);
-        drop(meta);
-        self.changed.notify_all();
+        self.wake(meta);
         result
     }
 }
