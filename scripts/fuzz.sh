@@ -16,7 +16,7 @@ usage: fuzz.sh TARGET SECONDS [-- LIBFUZZER-OPTION...]   fuzz one target, or `al
        fuzz.sh TARGET FILE...                            run one target once on each file, to reproduce a crash
        fuzz.sh --list                                    the targets, and what they are about
        fuzz.sh --build                                   only build them
-       fuzz.sh --minimize TARGET                         add to the seeds what a run found, as few files as cover it
+       fuzz.sh --minimize TARGET                         keep of what runs found only as few files as cover as much
 
 Exits with 1 when a target crashed, hung (10 s an input) or took too much memory; the input is then in fuzz/artifacts.
 What a run discovers is kept in target/fuzz/corpus and used by the next.
@@ -94,12 +94,13 @@ reproduce() {
 }
 
 minimize() {
-    local target=$1 merged=$OUT/merged/$1 opts
+    local target=$1 found=$OUT/corpus/$1 merged=$OUT/merged/$1 opts
     rm -rf "$merged"
-    mkdir -p "$merged" "$OUT/corpus/$target" "fuzz/corpus/$target"
+    mkdir -p "$merged" "$found" "fuzz/artifacts/$target"
     mapfile -t opts < <(options "$target")
-    "$(binary "$target")" "${opts[@]}" -merge=1 "$merged" "fuzz/corpus/$target" "$OUT/corpus/$target" 2>&1 | tail -2
-    cp -n "$merged"/* "fuzz/corpus/$target/"
+    "$(binary "$target")" "${opts[@]}" -set_cover_merge=1 "$merged" "$found" 2>&1 | tail -1
+    rm -rf "$found"
+    mv "$merged" "$found"
 }
 
 known() { targets | grep -qx -- "$1" || die "there is no target \"$1\"; these exist: $(targets | tr '\n' ' ')"; }

@@ -12,7 +12,8 @@ use option_parser::{OptionText, parse_size, parse_toggle};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use vmm::config::{
-    ConfigError, ConsoleConfig, CpusConfig, DiskConfig, MemoryConfig, RngConfig, VmConfig,
+    ConfigError, ConsoleConfig, CpusConfig, DiskConfig, MemoryConfig, NetConfig, RngConfig,
+    VmConfig,
 };
 
 /// Goes through JSON and must come back the same.
@@ -73,7 +74,8 @@ fuzz_target!(|data: &[u8]| {
         2 => config.memory = read("--memory", MemoryConfig::parse(text)).unwrap_or_default(),
         3 => config.disks.extend(read("--disk", DiskConfig::parse(text))),
         4 => config.rng = read("--rng", RngConfig::parse(text)).unwrap_or_default(),
-        5 => {
+        5 => config.net.extend(read("--net", NetConfig::parse(text))),
+        6 => {
             let serial = ConsoleConfig::parse("--serial", text);
             config.serial = read("--serial", serial).unwrap_or_default();
         }
