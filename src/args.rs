@@ -4,7 +4,8 @@
 use anyhow::Result;
 use argh::FromArgs;
 use vmm::config::{
-    ConsoleConfig, CpusConfig, DiskConfig, MemoryConfig, PayloadConfig, RngConfig, VmConfig,
+    ConsoleConfig, CpusConfig, DiskConfig, MemoryConfig, NetConfig, PayloadConfig, RngConfig,
+    VmConfig,
 };
 
 /// A virtual machine monitor for modern cloud workloads on KVM.
@@ -48,6 +49,11 @@ pub struct Args {
     /// image_type=raw|qcow2 (found out), backing_files=on|off (off), serial=TEXT, id=NAME; one list a disk
     #[argh(option, arg_name = "list")]
     pub disk: Vec<String>,
+
+    /// tap=NAME (a new one), ip=A (192.168.249.1) and mask=M (255.255.255.0) of the host's end, mac=MAC and
+    /// host_mac=MAC (at random), mtu=N, num_queues=N (2), queue_size=N (256), id=NAME; one list a device
+    #[argh(option, arg_name = "list")]
+    pub net: Vec<String>,
 
     /// src=FILE (/dev/urandom): entropy; the device is always there
     #[argh(option, arg_name = "list", default = "String::new()")]
@@ -102,7 +108,6 @@ const NOT_BUILT: &[&str] = &[
     "landlock",
     "landlock-rules",
     "memory-zone",
-    "net",
     "numa",
     "pci-segment",
     "platform",
@@ -171,7 +176,7 @@ fn repeat_lists(words: &[String]) -> Vec<String> {
     while let Some(word) = words.next() {
         out.push(word.clone());
         match word.as_str() {
-            "--disk" => {
+            "--disk" | "--net" => {
                 out.push(
                     words
                         .next_if(|w| !is_option(w))
@@ -220,6 +225,11 @@ impl Args {
                 .disk
                 .iter()
                 .map(|text| DiskConfig::parse(text))
+                .collect::<Result<_, _>>()?,
+            net: self
+                .net
+                .iter()
+                .map(|text| NetConfig::parse(text))
                 .collect::<Result<_, _>>()?,
             rng: RngConfig::parse(&self.rng)?,
         })
@@ -278,8 +288,7 @@ mod tests {
 
     #[test]
     fn several_disks_after_one_flag_and_flags_without_a_value() {
-        let line =
-            "--kernel k --disk path=a path=b,readonly=on -v --disk path=c --rng --cpus --memory";
+        let line = "--kernel k --disk path=a path=b,readonly=on -v --disk path=c --net --net tap=,mac= --rng --cpus --memory";
         let Parsed::Run(args) = parse(&words(line)) else {
             panic!("refused");
         };
@@ -291,6 +300,7 @@ mod tests {
             .collect();
         assert_eq!(paths, ["a", "b", "c"]);
         assert_eq!(args.verbosity, 1);
+        assert_eq!(config.net, [NetConfig::default(), NetConfig::default()]);
         assert_eq!(config.rng, RngConfig::default());
         assert_eq!(config.cpus, CpusConfig::default());
     }

@@ -10,6 +10,7 @@ pub mod event;
 mod machine;
 mod memory_manager;
 pub mod signals;
+mod tap;
 pub mod threads;
 
 pub use device_manager::{DeviceError, DeviceManager};

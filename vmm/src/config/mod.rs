@@ -7,6 +7,7 @@ mod console;
 mod cpus;
 mod disk;
 mod memory;
+mod net;
 mod payload;
 mod rng;
 
@@ -14,6 +15,7 @@ pub use console::{ConsoleConfig, ConsoleMode};
 pub use cpus::{CpuTopologyConfig, CpusConfig};
 pub use disk::{DiskConfig, ImageType};
 pub use memory::MemoryConfig;
+pub use net::{DEFAULT_IP, DEFAULT_MASK, NetConfig};
 pub use payload::PayloadConfig;
 pub use rng::RngConfig;
 
@@ -61,6 +63,8 @@ pub struct VmConfig {
     pub console: Option<ConsoleConfig>,
     /// Disks, in the order in which the guest finds them.
     pub disks: Vec<DiskConfig>,
+    /// Network devices, in the order in which the guest finds them.
+    pub net: Vec<NetConfig>,
     /// Entropy.
     pub rng: RngConfig,
 }
@@ -95,12 +99,17 @@ impl VmConfig {
         for disk in &self.disks {
             disk.validate()?;
         }
-        let mut ids: Vec<&str> = self.disks.iter().filter_map(|d| d.id.as_deref()).collect();
+        for net in &self.net {
+            net.validate()?;
+        }
+        let disks = self.disks.iter().filter_map(|d| d.id.as_deref());
+        let nets = self.net.iter().filter_map(|n| n.id.as_deref());
+        let mut ids: Vec<&str> = disks.chain(nets).collect();
         ids.sort_unstable();
         if let Some([id, _]) = ids.array_windows().find(|[a, b]| a == b) {
             return Err(ConfigError::value(
-                "--disk",
-                format!("id={id} is given to two disks"),
+                "--disk, --net",
+                format!("id={id} is given to two devices"),
             ));
         }
         Ok(())
@@ -129,6 +138,7 @@ mod tests {
             serial: ConsoleConfig::parse("--serial", "file=/tmp/out").unwrap(),
             console: Some(ConsoleConfig::parse("--console", "null").unwrap()),
             disks: vec![DiskConfig::parse("path=/d,id=a").unwrap()],
+            net: vec![NetConfig::parse("tap=t,mtu=1400").unwrap()],
             rng: RngConfig::parse("src=/dev/random").unwrap(),
         };
         let text = serde_json::to_string(&config).unwrap();
@@ -165,18 +175,19 @@ mod tests {
     }
 
     #[test]
-    fn two_disks_cannot_share_an_id() {
+    fn two_devices_cannot_share_an_id() {
         let disk = |text| DiskConfig::parse(text).unwrap();
         let config = VmConfig {
             payload: Some(PayloadConfig {
                 kernel: "/k".into(),
                 ..PayloadConfig::default()
             }),
-            disks: vec![disk("path=/d,id=a"), disk("path=/e"), disk("path=/f,id=a")],
+            disks: vec![disk("path=/d,id=a"), disk("path=/e")],
+            net: vec![NetConfig::parse("id=a").unwrap()],
             ..VmConfig::default()
         };
         let error = config.validate().unwrap_err().to_string();
-        assert_eq!(error, "--disk: id=a is given to two disks");
+        assert_eq!(error, "--disk, --net: id=a is given to two devices");
     }
 
     #[test]

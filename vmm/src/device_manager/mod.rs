@@ -67,6 +67,12 @@ pub enum DeviceError {
     /// A disk cannot be a block device of the guest.
     #[error("--disk")]
     Block(#[from] virtio_devices::BlockError),
+    /// A tap cannot be had.
+    #[error("--net")]
+    Tap(#[from] crate::tap::TapSetupError),
+    /// A network device cannot be.
+    #[error("--net")]
+    Net(#[from] virtio_devices::NetError),
     /// The virtio console.
     #[error("--console")]
     Console(#[from] virtio_devices::ConsoleError),

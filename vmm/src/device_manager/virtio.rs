@@ -6,7 +6,10 @@ use std::sync::Arc;
 use block_util::Engine;
 use hypervisor::{IoEventAddress, Vm};
 use virtio_devices::transport::pci::{Host, Notifications, VirtioPciDevice};
-use virtio_devices::{Block, BlockConfig, Console, ConsoleHandle, ConsoleInput, Rng, SERIAL_LEN};
+use virtio_devices::{
+    Block, BlockConfig, Console, ConsoleHandle, ConsoleInput, Net, NetConfig as NetDevice, Rng,
+    SERIAL_LEN,
+};
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 use vm_virtio::{Job, Spawn, VirtioDevice};
 use vmm_sys_util::eventfd::EventFd;
@@ -14,11 +17,11 @@ use vmm_sys_util::eventfd::EventFd;
 use super::DeviceError;
 use super::interrupts::{MsiVectors, Routing};
 use super::pci::Pci;
-use crate::config::{ConsoleMode, DiskConfig, VmConfig};
+use crate::config::{ConsoleMode, DiskConfig, NetConfig, VmConfig};
 use crate::console::{Output, terminal};
-use crate::disk;
 use crate::event::EventSender;
 use crate::threads;
+use crate::{disk, tap};
 
 /// Guest memory as virtio devices hold it.
 pub(super) type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
@@ -66,6 +69,10 @@ impl VirtioHost {
         for (index, disk) in config.disks.iter().enumerate() {
             let id = disk.id.clone().unwrap_or_else(|| format!("_disk{index}"));
             self.add(pci, &id, Box::new(block(&id, disk)?))?;
+        }
+        for (index, net) in config.net.iter().enumerate() {
+            let id = net.id.clone().unwrap_or_else(|| format!("_net{index}"));
+            self.add(pci, &id, Box::new(network(&id, net)?))?;
         }
         let rng = Rng::open("_rng", &config.rng.src)?;
         self.add(pci, "_rng", Box::new(rng))?;
@@ -144,6 +151,19 @@ fn block(id: &str, config: &DiskConfig) -> Result<Block<Memory>, DeviceError> {
         engine: Engine::Auto,
     };
     Ok(Block::new(block, disk)?)
+}
+
+/// A network device on the tap of `config`, which is opened or made.
+fn network(id: &str, config: &NetConfig) -> Result<Net<Memory>, DeviceError> {
+    let tap = tap::open(config)?;
+    let net = NetDevice {
+        id: id.to_owned(),
+        mac: tap::guest_mac(config)?,
+        mtu: config.mtu,
+        queue_pairs: config.num_queues / 2,
+        queue_size: config.queue_size,
+    };
+    Ok(Net::new(net, tap)?)
 }
 
 /// Writes to notification registers become events in KVM, without an exit to user space.
