@@ -12,6 +12,8 @@ mod pieces;
 mod receive;
 mod shared;
 mod state;
+#[cfg(test)]
+mod tests;
 mod transmit;
 
 use std::io;
@@ -28,7 +30,7 @@ use vm_virtio::{
 pub use backend::PacketQueue;
 pub use state::NetV1;
 
-use config::{CTRL_VQ, Facts, MQ, OFFLOADS};
+use config::{Facts, MQ, OFFLOADS};
 use pair::Pair;
 use shared::Shared;
 
@@ -241,9 +243,7 @@ impl<M: DeviceMemory> Net<M> {
         let mut groups: Vec<Vec<DeviceQueue>> = (0..pairs)
             .map(|_| queues.by_ref().take(2).collect())
             .collect();
-        if features & CTRL_VQ != 0
-            && let Some(first) = groups.first_mut()
-        {
+        if let Some(first) = groups.first_mut() {
             first.extend(queues.next());
         }
         self.idle.extend(queues);

@@ -146,6 +146,7 @@ impl Receiver {
                 continue;
             }
             match self.read(end) {
+                Ok(0) => return Ok(Progress::Failed),
                 Ok(len) if len < VNET_HEADER_LEN => debug!("a packet without a header is dropped"),
                 Ok(len) if len <= self.room => self.finish(queue, memory, len)?,
                 Ok(len) => {

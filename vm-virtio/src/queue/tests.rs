@@ -128,6 +128,42 @@ fn an_interrupt_that_is_due_is_not_sent_twice() {
 }
 
 #[test]
+fn chains_given_back_together_are_seen_together() {
+    for features in [VERSION_1, RING_FEATURES] {
+        let (memory, mut driver, mut device) = both(features);
+        let interrupt = TestInterrupt::default();
+        // Eight entries: the third group goes past the end of the ring.
+        for n in 0..20 {
+            let heads = [0, 1, 2].map(|_| driver.add(&one(0)).unwrap());
+            for _ in heads {
+                assert!(device.pop(&*memory, &mut Chain::new()).unwrap());
+            }
+            let before = driver.used_index();
+            // All of them are written before the index moves: the last cannot be.
+            let error = device.add_used_together(&*memory, &[(heads[0], 1), (SIZE, 2)]);
+            assert!(matches!(error.unwrap_err().fault, Fault::Index { .. }));
+            assert_eq!(driver.used_index(), before);
+            device.add_used_together(&*memory, &[]).unwrap();
+            assert_eq!(driver.used_index(), before);
+
+            // The driver waits for the second of them.
+            if features & EVENT_IDX != 0 {
+                driver.set_used_event(before.wrapping_add(1));
+            }
+            let used = [(heads[0], 7), (heads[1], 8), (heads[2], 9)];
+            device.add_used_together(&*memory, &used).unwrap();
+            device.signal(&*memory, &interrupt).unwrap();
+            assert_eq!(interrupt.queue_count(3), n + 1);
+            for (head, len) in used {
+                let used = driver.take_used().unwrap();
+                assert_eq!((used.head, used.len), (u32::from(head), len));
+            }
+            assert_eq!(device.in_flight(), 0);
+        }
+    }
+}
+
+#[test]
 fn no_notification_is_lost() {
     for features in [VERSION_1, RING_FEATURES] {
         let (memory, mut driver, mut device) = both(features);
