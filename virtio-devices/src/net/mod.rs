@@ -153,6 +153,8 @@ pub struct Net<M> {
     workers: Vec<Worker<Pair<M>>>,
     /// Queues that the driver does not use, while the device works.
     idle: Vec<DeviceQueue>,
+    /// Packets that waited for buffers when the device was stopped, by pair.
+    waiting: Vec<(u16, Vec<u8>)>,
 }
 
 impl<M: DeviceMemory> Net<M> {
@@ -214,6 +216,7 @@ impl<M: DeviceMemory> Net<M> {
             queue_sizes,
             workers: Vec::new(),
             idle: Vec::new(),
+            waiting: Vec::new(),
         })
     }
 
@@ -253,10 +256,19 @@ impl<M: DeviceMemory> Net<M> {
                 continue;
             }
             let name = format!("{}_q{number}", shared.id);
-            let pair = Pair::new(number, group, memory.clone(), features, shared.clone());
+            let waiting = self.waiting.iter().find(|(pair, _)| *pair == number);
+            let pair = Pair::new(
+                number,
+                group,
+                memory.clone(),
+                features,
+                shared.clone(),
+                waiting.map(|(_, packet)| &packet[..]),
+            );
             let worker = Worker::start(&name, vec![pair], interrupt.clone(), &spawn)?;
             self.workers.push(worker);
         }
+        self.waiting.clear();
         shared.started(interrupt);
         Ok(())
     }
@@ -298,7 +310,12 @@ impl<M: DeviceMemory> VirtioDevice<M> for Net<M> {
         let mut stopped = Ok(());
         for worker in self.workers.drain(..) {
             match worker.stop() {
-                Ok(pairs) => queues.extend(pairs.into_iter().flat_map(Pair::into_queues)),
+                Ok(pairs) => {
+                    let waiting = pairs.iter().filter_map(Pair::waiting);
+                    self.waiting
+                        .extend(waiting.map(|(n, packet)| (n, packet.to_vec())));
+                    queues.extend(pairs.into_iter().flat_map(Pair::into_queues));
+                }
                 Err(error) => stopped = Err(error),
             }
         }
@@ -309,6 +326,7 @@ impl<M: DeviceMemory> VirtioDevice<M> for Net<M> {
 
     fn reset(&mut self) {
         self.shared.reset();
+        self.waiting.clear();
     }
 
     fn save(&self, id: &str) -> Result<Section, MigrationError> {

@@ -41,25 +41,32 @@ pub(super) struct Pair<M> {
 }
 
 impl<M: DeviceMemory> Pair<M> {
-    /// Pair `number`, whose `queues` are for receiving, for transmitting, and perhaps for control.
+    /// Pair `number`, whose `queues` are for receiving, for transmitting, and perhaps for control. `waiting` is a packet that waited
+    /// for buffers when the device was stopped.
     pub fn new(
         number: u16,
         queues: Vec<DeviceQueue>,
         memory: M,
         features: u64,
         shared: Arc<Shared>,
+        waiting: Option<&[u8]>,
     ) -> Self {
         Self {
             number,
             queues,
             memory,
             features,
-            receiver: Receiver::new(&shared.facts, features),
+            receiver: Receiver::new(&shared.facts, features, waiting),
             transmitter: Transmitter::default(),
             shared,
             receiving: false,
             watched: EventSet::empty(),
         }
+    }
+
+    /// A packet that waits for buffers, and the pair's number.
+    pub fn waiting(&self) -> Option<(u16, &[u8])> {
+        Some((self.number, self.receiver.waiting()?))
     }
 
     pub fn into_queues(self) -> Vec<DeviceQueue> {
@@ -80,7 +87,13 @@ impl<M: DeviceMemory> Pair<M> {
             self.receiving = match progress {
                 // An end that has failed would be ready all the time.
                 Progress::Empty => !events.intersects(EventSet::ERROR | EventSet::HANG_UP),
-                Progress::TurnOver => true,
+                Progress::TurnOver => {
+                    // No event tells of a packet that was read already.
+                    if self.receiver.waiting().is_some() {
+                        context.again(queue.index());
+                    }
+                    true
+                }
                 Progress::Starved | Progress::Failed => false,
             };
         }

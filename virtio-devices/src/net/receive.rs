@@ -2,8 +2,8 @@
 //! them where the driver lets the device merge them.
 //!
 //! ```text
-//!   pop as many chains as the longest packet needs ──> read a packet ──> use those that it fills, together ──┐
-//!        ^                                                 │   └─ none: put the others back                  │
+//!   pop as many chains as a packet is likely to need ──> read a packet ──> use those that it fills, together ──┐
+//!        ^                                                   │   └─ none: put the others back                  │
 //!        │                                                 v                                                 │
 //!        │                      it is longer than all there are: kept aside until there is room              │
 //!        └───────────────────────────────────────────────────────────────────────────────────────────────────┘
@@ -32,6 +32,9 @@ const NUM_BUFFERS: usize = 10;
 /// Pieces of memory after which no further chain is taken; there is room for those of one more.
 const ENOUGH_PIECES: usize = MOST / 2;
 
+/// Room that there is for a packet at least, where the driver gives it, even if those before were shorter.
+const LEAST_ROOM: usize = 4096;
+
 /// Why receiving has stopped.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) enum Progress {
@@ -57,8 +60,12 @@ pub(super) struct Receiver {
     mergeable: bool,
     /// The driver understands the flags of checksums.
     checksums: bool,
-    /// The longest packet to expect, with its header.
+    /// The longest packet that may come, with its header.
     longest: usize,
+    /// Room that there is to be for a packet: popping chains for the longest is work lost where those that come are short.
+    expected: usize,
+    /// The longest packet since that was chosen.
+    seen: usize,
     held: VecDeque<Held>,
     spare: Vec<Chain>,
     /// Of all that are held, in order.
@@ -76,20 +83,32 @@ pub(super) struct Receiver {
 }
 
 impl Receiver {
-    pub fn new(facts: &Facts, features: u64) -> Self {
+    /// `waiting` is a packet that waited for buffers when the device was stopped.
+    pub fn new(facts: &Facts, features: u64, waiting: Option<&[u8]>) -> Self {
+        let mut aside = vec![0; MAX_PACKET_LEN];
+        for (to, from) in aside.iter_mut().zip(waiting.unwrap_or_default()) {
+            *to = *from;
+        }
         Self {
             mergeable: features & MRG_RXBUF != 0,
             checksums: features & GUEST_CSUM != 0,
             longest: facts.longest_packet(features),
+            expected: 0,
+            seen: 0,
             held: VecDeque::new(),
             spare: Vec::new(),
             pieces: Pieces::default(),
             room: 0,
             used: Vec::new(),
-            aside: vec![0; MAX_PACKET_LEN].into(),
-            waiting: None,
+            aside: aside.into(),
+            waiting: waiting.map(<[u8]>::len),
             notified: true,
         }
+    }
+
+    /// The packet that waits for buffers.
+    pub fn waiting(&self) -> Option<&[u8]> {
+        self.aside.get(..self.waiting?)
     }
 
     /// Receives what waits. Nothing stays popped.
@@ -121,8 +140,13 @@ impl Receiver {
         if std::mem::take(&mut self.notified) {
             queue.disable_notification(memory)?;
         }
+        // Falls slowly, rises at once.
+        self.expected = (self.expected / 2)
+            .max(2 * self.seen)
+            .clamp(LEAST_ROOM.min(self.longest), self.longest);
+        self.seen = 0;
         for _ in 0..TURN {
-            let wanted = self.waiting.unwrap_or(self.longest);
+            let wanted = self.waiting.unwrap_or(self.expected);
             self.gather(queue, memory, wanted)?;
             let enough = match self.waiting {
                 Some(len) => self.room >= len,
@@ -154,6 +178,7 @@ impl Receiver {
                     put_aside.map_err(|fault| queue.error(fault))?;
                     if self.mergeable {
                         self.waiting = Some(len);
+                        self.expected = self.longest;
                     } else {
                         // §5.1.6.3.1 has the driver give buffers that are long enough.
                         debug!("a packet is longer than the driver's buffer, and dropped");
@@ -273,6 +298,7 @@ impl Receiver {
         memory: &M,
         len: usize,
     ) -> Result<(), QueueError> {
+        self.seen = self.seen.max(len);
         self.used.clear();
         let mut left = len;
         let (mut pieces, mut room) = (0, 0);

@@ -226,6 +226,85 @@ fn a_packet_longer_than_what_was_given_waits_for_more() {
 }
 
 #[test]
+fn a_packet_that_waits_for_buffers_outlives_a_pause_but_no_reset() {
+    let (mut guest, wire) = running(256, u64::MAX);
+    for reset in [false, true] {
+        guest.offer(RECEIVE, &room(100));
+        guest.kick(RECEIVE);
+        wire.send(&packet(350, 5));
+        wire.wait_taken();
+        guest.core.pause().unwrap();
+        guest.core.resume().unwrap();
+        if reset {
+            guest.reset();
+            guest.start(u64::MAX);
+        }
+        wire.send(&packet(60, 6));
+        guest.offer(RECEIVE, &room(2000));
+        guest.kick(RECEIVE);
+        let got = if reset {
+            (1, packet(60, 6))
+        } else {
+            (2, packet(350, 5))
+        };
+        assert_eq!(receive(&mut guest), got);
+        if !reset {
+            guest.offer(RECEIVE, &room(2000));
+            guest.kick(RECEIVE);
+            assert_eq!(receive(&mut guest), (1, packet(60, 6)));
+        }
+    }
+}
+
+#[test]
+fn packets_of_all_sizes_come_in_order() {
+    let (mut guest, wire) = running(256, u64::MAX);
+    // Long ones after short ones need more room than was expected; more than one turn of each.
+    let sizes = (0..600).map(|n| match n % 150 {
+        149 => 40_000,
+        n if n > 100 => 3000 + 10 * n,
+        n => 60 + n,
+    });
+    for _ in 0..250 {
+        guest.offer(RECEIVE, &room(1500));
+    }
+    guest.kick(RECEIVE);
+    for (n, len) in (0..).zip(sizes) {
+        wire.send(&packet(len, n));
+        let (count, got) = receive(&mut guest);
+        assert!(got == packet(len, n), "packet {n} of {len} bytes");
+        assert_eq!(usize::from(count), len.div_ceil(1500));
+        if n % 50 == 49 {
+            // Nothing is with the device but buffers: all may be had anew.
+            guest.reset();
+            guest.start(u64::MAX);
+            for _ in 0..250 {
+                guest.offer(RECEIVE, &room(1500));
+            }
+            guest.kick(RECEIVE);
+        }
+    }
+}
+
+#[test]
+fn a_long_packet_at_the_end_of_a_turn_needs_no_further_event() {
+    let (mut guest, wire) = running(256, u64::MAX);
+    guest.core.pause().unwrap();
+    for _ in 0..200 {
+        guest.offer(RECEIVE, &room(1500));
+    }
+    for n in 0..63 {
+        wire.send(&packet(60, n));
+    }
+    wire.send(&packet(20_000, 63));
+    guest.core.resume().unwrap();
+    for n in 0..63 {
+        assert_eq!(receive(&mut guest), (1, packet(60, n)));
+    }
+    assert!(receive(&mut guest) == (14, packet(20_000, 63)));
+}
+
+#[test]
 fn a_packet_that_can_never_fit_does_not_hold_up_others() {
     let (mut guest, wire) = running(4, u64::MAX);
     for _ in 0..4 {

@@ -261,6 +261,37 @@ fn datagrams_come_whole() {
 }
 
 #[test]
+fn an_interface_that_is_down_loses_packets_and_no_more() {
+    let (host, tap) = Host::new(ENDS[0], 1);
+    let interface = tap.interface().clone();
+    let set_up = |up| {
+        let interface = interface.clone();
+        host.run(move || interface.set_up(up).unwrap());
+    };
+    let mut guest = Guest::running(Box::new(
+        Net::<TestMemory>::new(config(1, 256), tap).unwrap(),
+    ));
+    // Of ARP, "who has the address?": the host answers.
+    let mut question = vec![0; VNET_HEADER_LEN];
+    question.extend([0xff; 6].iter().chain(&MAC.bytes()).chain(&[8, 6]));
+    question.extend([0, 1, 8, 0, 6, 4, 0, 1]);
+    question.extend(MAC.bytes().iter().chain(&ENDS[1].octets()));
+    question.extend([0; 6].iter().chain(&ENDS[0].octets()));
+    for _ in 0..3 {
+        for _ in 0..16 {
+            guest.offer(RECEIVE, &room(2000));
+        }
+        guest.kick(RECEIVE);
+        guest.ask(TRANSMIT, &readable(question.clone()));
+        // Others than the answer may come.
+        while guest.wait_used(RECEIVE).1[24..26] != [8, 6] {}
+        set_up(false);
+        guest.ask(TRANSMIT, &readable(question.clone()));
+        set_up(true);
+    }
+}
+
+#[test]
 fn a_tap_of_several_queues_uses_those_of_the_driver() {
     let (host, tap) = Host::new(ENDS[0], 3);
     let net = Net::<TestMemory>::new(config(3, 64), tap).unwrap();
