@@ -172,7 +172,7 @@ fn batches() -> impl Strategy<Value = Vec<Vec<Op>>> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(48))]
+    #![proptest_config(ProptestConfig::with_cases(24))]
 
     #[test]
     fn buffered_disks_behave_like_a_vector(batches in batches()) {
