@@ -17,6 +17,8 @@ pub struct Linux {
     memory: u64,
     patience: Duration,
     disk: Option<String>,
+    /// In a network namespace of its own, with this value of `--net`.
+    net: Option<&'static str>,
     /// The kernel's console: `ttyS0` or `hvc0`.
     console: &'static str,
 }
@@ -31,6 +33,7 @@ impl Linux {
             memory: 128 * MIB,
             patience: Duration::from_secs(400),
             disk: None,
+            net: None,
             console: "ttyS0",
         }
     }
@@ -41,7 +44,7 @@ impl Linux {
         self
     }
 
-    fn start(&self, words: &str) -> Vmm {
+    pub fn start(&self, words: &str) -> Vmm {
         let cmdline = fs::read_to_string(asset(self.cmdline))
             .expect("the command line")
             .replace("console=ttyS0", &format!("console={}", self.console));
@@ -57,16 +60,32 @@ impl Linux {
             .option(terminal, "tty")
             .option("--cpus", format!("boot={}", self.cpus))
             .option("--memory", format!("size={}", self.memory));
-        match &self.disk {
+        let builder = match &self.disk {
             Some(disk) => builder.option("--disk", disk),
+            None => builder,
+        };
+        match self.net {
+            Some(net) => builder.option("--net", net).own_network(),
             None => builder,
         }
         .start()
     }
 
+    /// With this value of `--net`, in a network namespace of its own.
+    pub fn net(mut self, net: &'static str) -> Self {
+        self.net = Some(net);
+        self
+    }
+
     /// Runs a test of the initramfs to its good end and the power-off.
     pub fn run(&self, test: &str) -> Ended {
-        let ended = self.start(&format!("ch.test={test}")).wait().expect_clean();
+        let vmm = self.start(&format!("ch.test={test}"));
+        Self::finish(vmm, test)
+    }
+
+    /// Waits for the good end of that test, and for the power-off.
+    pub fn finish(vmm: Vmm, test: &str) -> Ended {
+        let ended = vmm.wait().expect_clean();
         for line in [
             "CH-INIT: user space reached",
             &format!("CH-TEST: {test} exit 0"),

@@ -8,5 +8,6 @@ mod cli;
 mod disks;
 mod endings;
 mod linux;
+mod net;
 mod support;
 mod terminal;

@@ -22,6 +22,7 @@ pub struct Builder {
     args: Vec<OsString>,
     patience: Duration,
     directory: Option<std::path::PathBuf>,
+    own_network: bool,
 }
 
 impl Builder {
@@ -48,6 +49,12 @@ impl Builder {
         self
     }
 
+    /// In a network namespace of its own, which needs root.
+    pub fn own_network(mut self) -> Self {
+        self.own_network = true;
+        self
+    }
+
     /// Starts it with pipes.
     pub fn start(self) -> Vmm {
         let mut command = self.command();
@@ -63,7 +70,13 @@ impl Builder {
 
     /// The command, without its standard input and output.
     pub fn command(&self) -> Command {
-        let mut command = Command::new(files::binary());
+        let mut command = if self.own_network {
+            let mut unshare = Command::new("unshare");
+            unshare.arg("--net").arg(files::binary());
+            unshare
+        } else {
+            Command::new(files::binary())
+        };
         command.args(&self.args).stderr(Stdio::piped());
         if let Some(directory) = &self.directory {
             command.current_dir(directory);
@@ -135,6 +148,7 @@ impl Vmm {
             args: Vec::new(),
             patience: PATIENCE,
             directory: None,
+            own_network: false,
         }
     }
 
