@@ -310,7 +310,7 @@ fn ram(case: &Case<'_>) -> Vec<u8> {
         let index = if level == 2 { PAGES >> 21 } else { 0 };
         put(
             TABLES + 0x1000 * level + 8 * index,
-            TABLES + 0x1000 * (level + 1) | 7,
+            (TABLES + 0x1000 * (level + 1)) | 7,
         );
     }
     for page in 0..16 {

@@ -1,5 +1,6 @@
-//! The small platform devices, with a guest that accesses any register with any width: serial port, CMOS, I/O APIC, GED, i8042, ACPI power
-//! and timer, debug ports.
+//! The small platform devices, with a guest that accesses any register with any width.
+//!
+//! They are serial port, CMOS, I/O APIC, GED, i8042, ACPI power port and timer, and debug ports.
 //!
 //! Holds to: no panic; reads fill their data; the serial port sends at most what it was given, in order, and takes no more input than it says;
 //! the I/O APIC tells its sink only of changes, and of pins that exist.

@@ -198,11 +198,11 @@ impl<'a> Machine<'a> {
         registers.rflags &= !RFLAGS_RF;
     }
 
+    /// EIP does not wrap at 64 KiB in 16-bit code: the limit of the segment ends it, at the next fetch.
     fn address_mask(&self) -> u64 {
         match self.bits {
             64 => u64::MAX,
-            32 => 0xffff_ffff,
-            _ => 0xffff,
+            _ => 0xffff_ffff,
         }
     }
 

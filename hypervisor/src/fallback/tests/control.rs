@@ -25,6 +25,17 @@ fn fwait_looks_at_mp_and_ts_together() {
     g.done("wait", &[0x9b]);
 }
 
+/// Found by fuzzing: RIP lost its upper half.
+#[test]
+fn sixteen_bit_code_goes_on_past_64_kib_where_its_segment_does() {
+    let mut g = Guest::new();
+    g.cpu.special.cs.l = 0;
+    g.cpu.special.cs.db = 0;
+    g.done("wait", &[0x9b]);
+    g.cpu.special.cs.limit = CODE as u32 - 1;
+    g.protection(&[0x9b]);
+}
+
 #[test]
 fn fnclex_clears_exceptions_and_keeps_the_rest() {
     let mut g = Guest::new();
