@@ -295,7 +295,7 @@ fn disks_that_cannot_be() {
 fn file_system(images: &Images) -> PathBuf {
     let content = images.path("content");
     fs::create_dir(&content).unwrap();
-    let bytes: Vec<u8> = (0..300_000u32).map(|i| (i * i / 255) as u8).collect();
+    let bytes: Vec<u8> = (0..300_000u32).map(|i| (i / 255 * 7 + i) as u8).collect();
     fs::write(content.join("from-host"), bytes).unwrap();
     let sum = Command::new("sha256sum")
         .arg("from-host")
