@@ -13,7 +13,7 @@ use super::backend::PacketQueue;
 use super::pieces::{MOST, Pieces};
 
 /// Packets before it is the turn of others.
-const TURN: usize = 256;
+const TURN: usize = 64;
 
 /// What one queue needs to transmit.
 #[derive(Default)]

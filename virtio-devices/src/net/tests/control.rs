@@ -183,9 +183,11 @@ fn pairs_come_into_use_and_go_out_of_it() {
     }
     // A reset leaves one in use, also without MQ, where the control queue is the one after it.
     guest.reset();
-    guest.start(!MQ);
+    guest.start(u64::MAX);
     let told = [0, 1, 2].map(attached);
     assert_eq!(told, [vec![], vec![false], vec![false]]);
+    guest.reset();
+    guest.start(!MQ);
     let mac = command(1, 1, &[2, 1, 1, 1, 1, 1]);
     assert_eq!(guest.ask(CONTROL, &mac), [0]);
     assert_eq!(config_of(&guest)[..6], [2, 1, 1, 1, 1, 1]);

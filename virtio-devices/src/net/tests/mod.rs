@@ -397,6 +397,20 @@ fn packets_wait_for_the_host() {
 }
 
 #[test]
+fn more_packets_than_a_turn_are_sent_without_another_notification() {
+    let (mut guest, wire) = running(256, u64::MAX);
+    guest.core.pause().unwrap();
+    for n in 0..200 {
+        guest.offer(TRANSMIT, &readable(packet(60, n)));
+    }
+    guest.core.resume().unwrap();
+    for n in 0..200 {
+        guest.wait_used(TRANSMIT);
+        assert_eq!(wire.receive(), packet(60, n));
+    }
+}
+
+#[test]
 fn what_the_host_does_not_take_is_dropped() {
     let (mut guest, wire) = running(256, u64::MAX);
     guest.ask(TRANSMIT, &readable(packet(65_566, 1)));
