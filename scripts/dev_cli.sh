@@ -214,7 +214,8 @@ in_container() {
     local engine options=()
     engine=$(container_engine)
     [ ! -t 0 ] || options+=(--interactive --tty)
-    [ ! -e /dev/kvm ] || options+=(--device /dev/kvm)
+    # The tests use /dev/kvm, taps, loop devices and network namespaces.
+    options+=(--privileged)
     $engine build --quiet --tag "$IMAGE" --build-arg "RUST=$(rust_version)" --file resources/Dockerfile resources >/dev/null
     # What is built stays in a volume of its own: the container's root leaves no files in the tree.
     exec $engine run --rm "${options[@]}" \
