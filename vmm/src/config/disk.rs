@@ -2,10 +2,9 @@
 
 use std::path::PathBuf;
 
-use option_parser::OptionText;
 use serde::{Deserialize, Serialize};
 
-use super::ConfigError;
+use super::{ConfigError, number, read_keys};
 
 const OPTION: &str = "--disk";
 const KNOWN: &[&str] = &[
@@ -81,32 +80,15 @@ impl DiskConfig {
     /// Reads `path=disk.raw,readonly=on`.
     pub fn parse(text: &str) -> Result<Self, ConfigError> {
         let default = Self::default();
-        let all: Vec<&str> = KNOWN.iter().chain(NOT_BUILT).copied().collect();
-        let text = OptionText::parse(OPTION, &all, text)?;
-        for key in NOT_BUILT {
-            // Switching off what is not there is no wish for it.
-            let off = text
-                .text(key)
-                .is_none_or(|v| option_parser::parse_toggle(v) == Some(false));
-            if !off {
-                return Err(ConfigError::value(
-                    OPTION,
-                    format!("{key} is not built yet in this version"),
-                ));
-            }
-        }
+        let text = read_keys(OPTION, KNOWN, NOT_BUILT, text)?;
         // Polling is the driver's affair by EVENT_IDX; the key is taken for compatibility.
         text.toggle("poll_queue")?;
-        let number = |key, most: u16| -> Result<Option<u16>, ConfigError> {
-            let value = text.number(key, 1, most.into())?;
-            Ok(value.and_then(|n| u16::try_from(n).ok()))
-        };
         Ok(Self {
             path: text.required("path")?.into(),
             readonly: text.toggle("readonly")?.unwrap_or(default.readonly),
             direct: text.toggle("direct")?.unwrap_or(default.direct),
-            num_queues: number("num_queues", MAX_QUEUES)?.unwrap_or(default.num_queues),
-            queue_size: number("queue_size", 32768)?.unwrap_or(default.queue_size),
+            num_queues: number(&text, "num_queues", 1, MAX_QUEUES)?.unwrap_or(default.num_queues),
+            queue_size: number(&text, "queue_size", 1, 32768)?.unwrap_or(default.queue_size),
             image_type: text.convert("image_type", "raw or qcow2 is allowed", |v| match v {
                 "raw" => Some(ImageType::Raw),
                 "qcow2" => Some(ImageType::Qcow2),

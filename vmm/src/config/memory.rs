@@ -48,10 +48,7 @@ impl MemoryConfig {
         let all: Vec<&str> = known.iter().chain(NOT_BUILT).copied().collect();
         let text = OptionText::parse(OPTION, &all, text)?;
         if let Some(key) = NOT_BUILT.iter().find(|key| text.text(key).is_some()) {
-            return Err(ConfigError::value(
-                OPTION,
-                format!("{key} is not built yet in this version"),
-            ));
+            return Err(ConfigError::not_built(OPTION, key));
         }
         Ok(Self {
             size: text.size("size")?.unwrap_or(default.size),

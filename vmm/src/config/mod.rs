@@ -19,6 +19,7 @@ pub use net::{DEFAULT_IP, DEFAULT_MASK, NetConfig};
 pub use payload::PayloadConfig;
 pub use rng::RngConfig;
 
+use option_parser::OptionText;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -45,6 +46,35 @@ impl ConfigError {
             what: what.into(),
         }
     }
+
+    pub(crate) fn not_built(option: &'static str, key: &str) -> Self {
+        Self::value(option, format!("{key} is not built yet in this version"))
+    }
+}
+
+/// Reads an option's text. Of `not_built`, keys of the surface that come later, only a wish to switch them off is taken.
+fn read_keys(
+    option: &'static str,
+    known: &[&str],
+    not_built: &[&str],
+    text: &str,
+) -> Result<OptionText, ConfigError> {
+    let all: Vec<&str> = known.iter().chain(not_built).copied().collect();
+    let text = OptionText::parse(option, &all, text)?;
+    let wanted = |key: &&&str| {
+        text.text(key)
+            .is_some_and(|v| option_parser::parse_toggle(v) != Some(false))
+    };
+    match not_built.iter().find(wanted) {
+        Some(key) => Err(ConfigError::not_built(option, key)),
+        None => Ok(text),
+    }
+}
+
+/// A number from `least` to `most`.
+fn number(text: &OptionText, key: &str, least: u16, most: u16) -> Result<Option<u16>, ConfigError> {
+    let value = text.number(key, least.into(), most.into())?;
+    Ok(value.and_then(|n| u16::try_from(n).ok()))
 }
 
 /// Everything that defines a VM.

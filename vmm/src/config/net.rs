@@ -3,10 +3,9 @@
 use std::net::Ipv4Addr;
 
 use net_util::MacAddr;
-use option_parser::OptionText;
 use serde::{Deserialize, Serialize};
 
-use super::ConfigError;
+use super::{ConfigError, number, read_keys};
 
 const OPTION: &str = "--net";
 const KNOWN: &[&str] = &[
@@ -76,27 +75,11 @@ impl NetConfig {
     /// Reads `tap=,mac=,ip=,mask=`; empty values are the defaults.
     pub fn parse(text: &str) -> Result<Self, ConfigError> {
         let default = Self::default();
-        let all: Vec<&str> = KNOWN.iter().chain(NOT_BUILT).copied().collect();
-        let text = OptionText::parse(OPTION, &all, text)?;
-        for key in NOT_BUILT {
-            let off = text
-                .text(key)
-                .is_none_or(|v| option_parser::parse_toggle(v) == Some(false));
-            if !off {
-                return Err(ConfigError::value(
-                    OPTION,
-                    format!("{key} is not built yet in this version"),
-                ));
-            }
-        }
+        let text = read_keys(OPTION, KNOWN, NOT_BUILT, text)?;
         let address = |key| {
             text.convert(key, "an address such as 192.168.249.1 is allowed", |v| {
                 v.parse::<Ipv4Addr>().ok()
             })
-        };
-        let number = |key, least, most: u16| -> Result<Option<u16>, ConfigError> {
-            let value = text.number(key, least, most.into())?;
-            Ok(value.and_then(|n| u16::try_from(n).ok()))
         };
         Ok(Self {
             tap: text.text("tap").map(str::to_owned),
@@ -104,9 +87,9 @@ impl NetConfig {
             mask: address("mask")?,
             mac: text.text("mac").map(str::to_owned),
             host_mac: text.text("host_mac").map(str::to_owned),
-            mtu: number("mtu", 68, 65521)?,
-            num_queues: number("num_queues", 2, MAX_QUEUES)?.unwrap_or(default.num_queues),
-            queue_size: number("queue_size", 1, 32768)?.unwrap_or(default.queue_size),
+            mtu: number(&text, "mtu", 68, 65521)?,
+            num_queues: number(&text, "num_queues", 2, MAX_QUEUES)?.unwrap_or(default.num_queues),
+            queue_size: number(&text, "queue_size", 1, 32768)?.unwrap_or(default.queue_size),
             id: text.text("id").map(str::to_owned),
         })
     }

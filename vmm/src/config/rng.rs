@@ -30,10 +30,7 @@ impl RngConfig {
     pub fn parse(text: &str) -> Result<Self, ConfigError> {
         let text = OptionText::parse(OPTION, &["src", "iommu"], text)?;
         if text.toggle("iommu")? == Some(true) {
-            return Err(ConfigError::value(
-                OPTION,
-                "iommu is not built yet in this version",
-            ));
+            return Err(ConfigError::not_built(OPTION, "iommu"));
         }
         Ok(match text.text("src") {
             Some(src) => Self { src: src.into() },

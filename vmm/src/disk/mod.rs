@@ -39,25 +39,29 @@ pub fn open(config: &DiskConfig) -> Result<Arc<dyn DiskFile>, DiskSetupError> {
         Some(told) => told,
         None => probe(config)?,
     };
-    let disk: Arc<dyn DiskFile> = match image_type {
-        ImageType::Raw => Arc::new(RawDisk::open(
-            &config.path,
-            &RawOptions {
+    match image_type {
+        ImageType::Raw => {
+            let options = RawOptions {
                 read_only: config.readonly,
                 direct: config.direct,
                 sparse: true,
                 protect_format: told.is_none(),
-            },
-        )?),
-        ImageType::Qcow2 => Arc::new(QcowDisk::open(config)?),
-    };
-    let mode = if config.readonly {
+            };
+            let disk = RawDisk::open(&config.path, &options)?;
+            disk.lock(lock_mode(config))?;
+            Ok(Arc::new(disk))
+        }
+        // It locks before it reads.
+        ImageType::Qcow2 => Ok(Arc::new(QcowDisk::open(config)?)),
+    }
+}
+
+fn lock_mode(config: &DiskConfig) -> LockMode {
+    if config.readonly {
         LockMode::Shared
     } else {
         LockMode::Exclusive
-    };
-    disk.lock(mode)?;
-    Ok(disk)
+    }
 }
 
 fn probe(config: &DiskConfig) -> Result<ImageType, DiskSetupError> {

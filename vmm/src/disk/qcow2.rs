@@ -46,12 +46,7 @@ impl QcowDisk {
                 source,
             })?;
         // Before the image is read: what another process is writing must not be.
-        let mode = if config.readonly {
-            LockMode::Shared
-        } else {
-            LockMode::Exclusive
-        };
-        lock_file(&file, &path, mode)?;
+        lock_file(&file, &path, super::lock_mode(config))?;
         let options = qcow::OpenOptions::new()
             .write(!config.readonly)
             .follow_backing(config.backing_files)
