@@ -8,13 +8,13 @@
 
 use thiserror::Error;
 
+use crate::acpi::{IOAPIC_ADDRESS, LAPIC_ADDRESS};
+
 /// Guest-physical address of the floating pointer; the table follows it.
-pub const MPTABLE_START: u64 = 0x9_fc00;
+pub const MPTABLE_START: u64 = crate::layout::EBDA_START;
 /// Bytes from [`MPTABLE_START`] to 640 KiB.
 pub const MPTABLE_SIZE: usize = 0x400;
 
-const IOAPIC_ADDRESS: u32 = 0xfec0_0000;
-const LAPIC_ADDRESS: u32 = 0xfee0_0000;
 const POINTER_LEN: usize = 16;
 const HEADER_LEN: u16 = 44;
 const PROCESSOR_LEN: usize = 20;

@@ -13,7 +13,7 @@
 use thiserror::Error;
 
 /// Guest-physical address of the entry point; the structures follow it.
-pub const SMBIOS_START: u64 = 0xf_0000;
+pub const SMBIOS_START: u64 = crate::layout::SMBIOS_START;
 /// Bytes from [`SMBIOS_START`] to the end of the first MiB.
 pub const SMBIOS_SIZE: usize = 0x1_0000;
 

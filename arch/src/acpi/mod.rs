@@ -22,6 +22,7 @@ pub mod registers;
 #[cfg(test)]
 mod tests;
 
+use crate::layout;
 use acpi_tables::Aml;
 use acpi_tables::mcfg::MCFG;
 use acpi_tables::rsdp::Rsdp;
@@ -32,9 +33,9 @@ pub use config::{
 };
 
 /// Guest-physical address of the RSDP; the other tables follow it.
-pub const TABLES_START: u64 = 0xa_0000;
+pub const TABLES_START: u64 = layout::ACPI_START;
 /// First guest-physical address above the tables: SMBIOS begins here.
-pub const TABLES_END: u64 = 0xf_0000;
+pub const TABLES_END: u64 = layout::SMBIOS_START;
 /// I/O port that takes both the reset value and the sleep type (ACPI 6.5 §4.8.3.6, §4.8.3.7).
 pub const RESET_PORT: u16 = 0x3c0;
 /// What a write to [`RESET_PORT`] holds to reset the machine.
@@ -44,9 +45,9 @@ pub const S5_SLEEP_TYPE: u8 = 5;
 /// I/O port of the 32-bit power management timer, 3.579545 MHz (ACPI 6.5 §4.8.3.3).
 pub const PM_TIMER_PORT: u16 = 0x608;
 /// Guest-physical address of the IOAPIC, whose interrupts start at GSI 0.
-pub const IOAPIC_ADDRESS: u32 = 0xfec0_0000;
+pub const IOAPIC_ADDRESS: u32 = layout::IOAPIC_START as u32;
 /// Guest-physical address of every local APIC.
-pub const LAPIC_ADDRESS: u32 = 0xfee0_0000;
+pub const LAPIC_ADDRESS: u32 = layout::LAPIC_START as u32;
 
 pub(crate) const OEM_ID: [u8; 6] = *b"CLOUDH";
 pub(crate) const OEM_TABLE_ID: [u8; 8] = *b"CHMACHIN";
