@@ -132,17 +132,25 @@ impl VmConfig {
         for net in &self.net {
             net.validate()?;
         }
-        let disks = self.disks.iter().filter_map(|d| d.id.as_deref());
-        let nets = self.net.iter().filter_map(|n| n.id.as_deref());
-        let mut ids: Vec<&str> = disks.chain(nets).collect();
+        let mut ids = self.ids();
         ids.sort_unstable();
-        if let Some([id, _]) = ids.array_windows().find(|[a, b]| a == b) {
+        if let Some([(id, first), (_, second)]) = ids.array_windows().find(|[a, b]| a.0 == b.0) {
             return Err(ConfigError::value(
-                "--disk, --net",
-                format!("id={id} is given to two devices"),
+                second,
+                format!("id={id} is given to {first} too"),
             ));
         }
         Ok(())
+    }
+
+    /// The ids that the user gave, each with its option.
+    fn ids(&self) -> Vec<(&str, &'static str)> {
+        let disks = self.disks.iter().map(|d| (&d.id, "--disk"));
+        let nets = self.net.iter().map(|n| (&n.id, "--net"));
+        disks
+            .chain(nets)
+            .filter_map(|(id, option)| Some((id.as_deref()?, option)))
+            .collect()
     }
 }
 
@@ -217,7 +225,7 @@ mod tests {
             ..VmConfig::default()
         };
         let error = config.validate().unwrap_err().to_string();
-        assert_eq!(error, "--disk, --net: id=a is given to two devices");
+        assert_eq!(error, "--net: id=a is given to --disk too");
     }
 
     #[test]

@@ -61,24 +61,15 @@ pub enum DeviceError {
     /// A virtio device cannot be behind its transport.
     #[error(transparent)]
     Transport(#[from] virtio_devices::transport::pci::TransportError),
-    /// A disk cannot be opened.
-    #[error("--disk")]
-    Disk(#[from] crate::disk::DiskSetupError),
-    /// A disk cannot be a block device of the guest.
-    #[error("--disk")]
-    Block(#[from] virtio_devices::BlockError),
-    /// A tap cannot be had.
-    #[error("--net")]
-    Tap(#[from] crate::tap::TapSetupError),
-    /// A network device cannot be.
-    #[error("--net")]
-    Net(#[from] virtio_devices::NetError),
-    /// The virtio console.
-    #[error("--console")]
-    Console(#[from] virtio_devices::ConsoleError),
-    /// The source of entropy.
-    #[error("--rng")]
-    Rng(#[from] virtio_devices::RngError),
+    /// What an option asks for cannot be had.
+    #[error("{option}")]
+    Option {
+        /// The option, e.g. `--disk`.
+        option: &'static str,
+        /// What stands in the way.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
     /// An eventfd could not be had.
     #[error("making the {name}")]
     Event {
@@ -88,6 +79,18 @@ pub enum DeviceError {
         #[source]
         source: io::Error,
     },
+}
+
+impl DeviceError {
+    /// Names the option that asked for what failed.
+    fn option<E: std::error::Error + Send + Sync + 'static>(
+        option: &'static str,
+    ) -> impl FnOnce(E) -> Self {
+        move |source| Self::Option {
+            option,
+            source: Box::new(source),
+        }
+    }
 }
 
 /// The end of the 32-bit devices' space is for registers that ACPI tells of; the rest is for PCI.
@@ -173,9 +176,9 @@ impl DeviceManager {
             1 << address_bits,
         )?;
 
-        let console = VirtioHost::new(vm.clone(), routing, ram.clone(), events)
+        let console = VirtioHost::new(vm.clone(), routing, ram.clone(), &pci, events)
             .map_err(event_error("virtio devices"))?
-            .add_all(&pci, config, outputs.console.clone())?;
+            .add_all(config, outputs.console.clone())?;
 
         Ok(Self {
             ports,

@@ -1,0 +1,111 @@
+//! Virtio devices on the PCI bus, and what the machine gives them: MSI vectors, ioeventfds, threads.
+//!
+//! Each kind of device has a file here that makes it from the config, and a line in [`VirtioHost::add_all`].
+
+mod block;
+mod console;
+mod net;
+mod rng;
+
+use std::io;
+use std::sync::Arc;
+
+use hypervisor::{IoEventAddress, Vm};
+use virtio_devices::transport::pci::{Host, Notifications, VirtioPciDevice};
+use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+use vm_virtio::{Job, Spawn, VirtioDevice};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::DeviceError;
+use super::interrupts::{MsiVectors, Routing};
+use super::pci::Pci;
+use crate::config::VmConfig;
+use crate::console::Output;
+use crate::event::EventSender;
+use crate::threads;
+
+pub(super) use console::ConsoleEnds;
+
+/// Guest memory as virtio devices hold it.
+pub(super) type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
+
+/// What every virtio device gets.
+pub(super) struct VirtioHost<'a> {
+    vm: Arc<dyn Vm>,
+    routing: Arc<Routing>,
+    memory: Memory,
+    spawn: Spawn,
+    pci: &'a Pci,
+}
+
+impl<'a> VirtioHost<'a> {
+    /// For devices on `pci`.
+    pub(super) fn new(
+        vm: Arc<dyn Vm>,
+        routing: Arc<Routing>,
+        memory: Memory,
+        pci: &'a Pci,
+        events: &EventSender,
+    ) -> io::Result<Self> {
+        let events = events.try_clone()?;
+        let spawn =
+            move |name: String, job: Job| threads::spawn(name, events.try_clone()?, job).map(drop);
+        Ok(Self {
+            vm,
+            routing,
+            memory,
+            spawn: Arc::new(spawn),
+            pci,
+        })
+    }
+
+    /// Makes the devices of `config`, in the order in which the guest finds them. `output` is the host's end of the console.
+    pub(super) fn add_all(
+        &self,
+        config: &VmConfig,
+        output: Option<Output>,
+    ) -> Result<Option<ConsoleEnds>, DeviceError> {
+        block::add(self, config)?;
+        net::add(self, config)?;
+        rng::add(self, config)?;
+        console::add(self, config, output)
+    }
+
+    /// Puts `device` on the bus.
+    fn add(&self, id: &str, device: Box<dyn VirtioDevice<Memory>>) -> Result<(), DeviceError> {
+        let vectors = VirtioPciDevice::vectors(device.as_ref());
+        let msi = MsiVectors::new(self.routing.clone(), vectors).map_err(|source| {
+            DeviceError::Event {
+                name: "MSI vectors",
+                source,
+            }
+        })?;
+        let host = Host {
+            msi: Arc::new(msi),
+            notifications: Arc::new(Ioeventfds(self.vm.clone())),
+            spawn: self.spawn.clone(),
+            extra_features: 0,
+        };
+        let device = VirtioPciDevice::new(id, device, self.memory.clone(), host)?;
+        let slot = self.pci.add(id, None, Arc::new(device))?;
+        log::debug!("virtio device {id:?} is in PCI slot {slot}");
+        Ok(())
+    }
+}
+
+/// Writes to notification registers become events in KVM, without an exit to user space.
+struct Ioeventfds(Arc<dyn Vm>);
+
+impl Notifications for Ioeventfds {
+    fn connect(&self, address: u64, event: &EventFd) -> io::Result<()> {
+        self.0
+            .register_ioeventfd(event, IoEventAddress::Mmio(address), None)
+            .map_err(io::Error::other)
+    }
+
+    fn disconnect(&self, address: u64, event: &EventFd) -> io::Result<()> {
+        self.0
+            .unregister_ioeventfd(event, IoEventAddress::Mmio(address), None)
+            .map_err(io::Error::other)
+    }
+}
