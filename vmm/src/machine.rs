@@ -13,7 +13,7 @@ use crate::console::Outputs;
 use crate::cpu_manager::{CpuError, CpuManager};
 use crate::device_manager::{DeviceError, DeviceManager};
 use crate::event::EventSender;
-use crate::memory_manager::{MemoryError, MemoryManager};
+use crate::memory_manager::{HighWindows, MemoryError, MemoryManager};
 
 /// Why a machine cannot be.
 #[derive(Debug, Error)]
@@ -89,7 +89,6 @@ impl Machine {
     ) -> Result<Self, MachineError> {
         let memory = MemoryManager::new(&config.memory)?;
         let vm = hypervisor.create_vm(Arc::new(memory.memory().clone()))?;
-        memory.map_into(&vm)?;
         vm.set_tss_address(arch::layout::TSS_START)?;
         vm.enable_split_irqchip(devices::ioapic::PINS.into())?;
         if let Err(e) = vm.enable_x2apic_ids() {
@@ -98,9 +97,11 @@ impl Machine {
         }
         let supported = hypervisor.supported_cpuid()?;
         let address_bits = arch::cpuid::address_bits(&supported);
+        let windows = HighWindows::new(config.memory.size, address_bits);
+        let slots = memory.map_into(&vm, hypervisor.max_memory_slots(), windows.memory.as_ref())?;
         let devices =
-            DeviceManager::new(&vm, config, memory.memory(), address_bits, outputs, events)?;
-        let vcpus = boot::prepare(vm.as_ref(), &supported, config, memory.memory(), &devices)?;
+            DeviceManager::new(&vm, config, &memory, &slots, windows.pci, outputs, events)?;
+        let vcpus = boot::prepare(vm.as_ref(), &supported, config, memory.ram(), &devices)?;
         Ok(Self {
             cpus: None,
             vcpus,

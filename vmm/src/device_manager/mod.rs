@@ -6,6 +6,7 @@ mod pci;
 mod virtio;
 
 use std::io;
+use std::ops::RangeInclusive;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use arch::acpi::AcpiConfig;
@@ -23,10 +24,11 @@ use crate::config::{ConsoleMode, VmConfig};
 use crate::console::Outputs;
 use crate::cpu_manager::ExitRoutes;
 use crate::event::EventSender;
+use crate::memory_manager::{MemoryManager, MemorySlots};
 
 use self::interrupts::{IoapicInterrupts, Routing};
 use self::pci::Pci;
-use self::virtio::{ConsoleEnds, Memory, VirtioHost};
+use self::virtio::{ConsoleEnds, VirtioHost};
 
 /// What can go wrong in making devices.
 #[derive(Debug, Error)]
@@ -132,13 +134,14 @@ impl Input {
 }
 
 impl DeviceManager {
-    /// Makes the devices that `config` asks for. `ram` is the guest's memory, `address_bits` is the width of the guest's physical
-    /// addresses, `outputs` the host's ends of its consoles.
+    /// Makes the devices that `config` asks for. `ram` is the guest's memory, and `slots` are where devices bring more; `window64` is
+    /// for 64-bit BARs; `outputs` are the host's ends of its consoles.
     pub fn new(
         vm: &Arc<dyn Vm>,
         config: &VmConfig,
-        ram: &Memory,
-        address_bits: u8,
+        ram: &MemoryManager,
+        slots: &Arc<MemorySlots>,
+        window64: Option<RangeInclusive<u64>>,
         outputs: &Outputs,
         events: &EventSender,
     ) -> Result<Self, DeviceError> {
@@ -165,18 +168,14 @@ impl DeviceManager {
         legacy::fixed(&ports, config.memory.size, events)?;
 
         let ged = ged(&memory, &ioapic)?;
-        let ram_end = layout::ram_regions(config.memory.size)
-            .last()
-            .map_or(0, |(start, size)| start.0 + size);
         let pci = Pci::new(
             &ports,
             &memory,
             layout::DEVICES_32BIT_START..=REGISTERS_START - 1,
-            ram_end,
-            1 << address_bits,
+            window64,
         )?;
 
-        let console = VirtioHost::new(vm.clone(), routing, ram.clone(), &pci, events)
+        let console = VirtioHost::new(vm.clone(), routing, ram, slots, &pci, events)
             .map_err(event_error("virtio devices"))?
             .add_all(config, outputs.console.clone())?;
 

@@ -13,9 +13,6 @@ use vm_device::Bus;
 
 use super::{DeviceError, place};
 
-/// Windows for 64-bit BARs begin at a multiple of this.
-const ALIGNMENT_64BIT: u64 = 1 << 30;
-
 /// The bus of segment 0, with its host bridge.
 pub(super) struct Pci {
     bus: Arc<PciBus>,
@@ -23,22 +20,17 @@ pub(super) struct Pci {
 }
 
 impl Pci {
-    /// An empty bus. 32-bit BARs lie in `memory32`, 64-bit ones between the end of RAM and
-    /// `address_end`.
+    /// An empty bus. 32-bit BARs lie in `memory32`, 64-bit ones in `memory64`.
     pub(super) fn new(
         ports: &Arc<Bus>,
         memory: &Arc<Bus>,
         memory32: RangeInclusive<u64>,
-        ram_end: u64,
-        address_end: u64,
+        memory64: Option<RangeInclusive<u64>>,
     ) -> Result<Self, DeviceError> {
-        let start = ram_end
-            .max(layout::RAM_64BIT_START)
-            .next_multiple_of(ALIGNMENT_64BIT);
         let windows = Windows {
             io: None,
             memory32: Some(memory32),
-            memory64: (start < address_end).then(|| start..=address_end - 1),
+            memory64,
         };
         let bus = Arc::new(PciBus::new(
             0,

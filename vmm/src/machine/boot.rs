@@ -10,7 +10,7 @@ use arch::mptable;
 use arch::smbios::{self, SmbiosConfig};
 use hypervisor::x86::{CpuidEntry, MsrEntry};
 use hypervisor::{Vcpu, Vm};
-use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::MachineError;
 use crate::config::{CpusConfig, VmConfig};
@@ -21,11 +21,9 @@ pub(super) fn prepare(
     vm: &dyn Vm,
     supported: &[CpuidEntry],
     config: &VmConfig,
-    memory: &GuestMemoryAtomic<GuestMemoryMmap>,
+    memory: &GuestMemoryMmap,
     devices: &DeviceManager,
 ) -> Result<Vec<Box<dyn Vcpu>>, MachineError> {
-    let memory = memory.memory();
-    let memory: &GuestMemoryMmap = &memory;
     let loaded = load(config, memory)?;
     let rsdp = write_tables(&config.cpus, memory, devices)?;
     loaded.write_boot_data(memory, Some(rsdp))?;

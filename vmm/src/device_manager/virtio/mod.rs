@@ -22,6 +22,7 @@ use super::pci::Pci;
 use crate::config::VmConfig;
 use crate::console::Output;
 use crate::event::EventSender;
+use crate::memory_manager::{MemoryManager, MemorySlots};
 use crate::threads;
 
 pub(super) use console::ConsoleEnds;
@@ -33,7 +34,8 @@ pub(super) type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
 pub(super) struct VirtioHost<'a> {
     vm: Arc<dyn Vm>,
     routing: Arc<Routing>,
-    memory: Memory,
+    ram: &'a MemoryManager,
+    slots: &'a Arc<MemorySlots>,
     spawn: Spawn,
     pci: &'a Pci,
 }
@@ -43,7 +45,8 @@ impl<'a> VirtioHost<'a> {
     pub(super) fn new(
         vm: Arc<dyn Vm>,
         routing: Arc<Routing>,
-        memory: Memory,
+        ram: &'a MemoryManager,
+        slots: &'a Arc<MemorySlots>,
         pci: &'a Pci,
         events: &EventSender,
     ) -> io::Result<Self> {
@@ -53,7 +56,8 @@ impl<'a> VirtioHost<'a> {
         Ok(Self {
             vm,
             routing,
-            memory,
+            ram,
+            slots,
             spawn: Arc::new(spawn),
             pci,
         })
@@ -86,7 +90,7 @@ impl<'a> VirtioHost<'a> {
             spawn: self.spawn.clone(),
             extra_features: 0,
         };
-        let device = VirtioPciDevice::new(id, device, self.memory.clone(), host)?;
+        let device = VirtioPciDevice::new(id, device, self.ram.memory().clone(), host)?;
         let slot = self.pci.add(id, None, Arc::new(device))?;
         log::debug!("virtio device {id:?} is in PCI slot {slot}");
         Ok(())
