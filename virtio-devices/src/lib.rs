@@ -57,10 +57,12 @@
 mod block;
 mod console;
 mod net;
+mod pmem;
 mod rng;
 pub mod transport;
 
 pub use block::{Block, BlockConfig, BlockControl, BlockError, BlockV1, SERIAL_LEN};
 pub use console::{Console, ConsoleError, ConsoleHandle, ConsoleInput, ConsoleV1};
 pub use net::{Net, NetConfig, NetControl, NetError, NetV1, PacketQueue};
+pub use pmem::{Pmem, PmemConfig};
 pub use rng::{Rng, RngError};
