@@ -57,6 +57,7 @@
 mod block;
 mod console;
 mod net;
+mod pieces;
 mod pmem;
 mod rng;
 pub mod transport;

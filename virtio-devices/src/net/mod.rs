@@ -8,7 +8,6 @@ mod backend;
 mod config;
 mod control;
 mod pair;
-mod pieces;
 mod receive;
 mod shared;
 mod state;

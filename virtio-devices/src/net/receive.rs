@@ -21,7 +21,7 @@ use vm_virtio::{Chain, DeviceQueue, Fault, QueueError, VirtioInterrupt};
 
 use super::backend::PacketQueue;
 use super::config::{Facts, GUEST_CSUM, MRG_RXBUF};
-use super::pieces::{MOST, Pieces};
+use crate::pieces::{MOST, Pieces};
 
 /// Packets before it is the turn of others.
 const TURN: usize = 64;

@@ -10,7 +10,7 @@ use vm_memory::GuestMemory;
 use vm_virtio::{Chain, Context, DeviceQueue, Fault, Outcome, QueueError};
 
 use super::backend::PacketQueue;
-use super::pieces::{MOST, Pieces};
+use crate::pieces::{MOST, Pieces};
 
 /// Packets before it is the turn of others.
 const TURN: usize = 64;

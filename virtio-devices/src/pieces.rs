@@ -1,15 +1,15 @@
-//! Guest memory of a packet as the kernel takes it: a list of iovecs.
+//! Guest memory as the kernel takes it: a list of iovecs.
 #![allow(unsafe_code)]
 
 use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BitmapSlice;
 
 /// As many as one system call takes (UIO_MAXIOV).
-pub(super) const MOST: usize = libc::UIO_MAXIOV as usize;
+pub(crate) const MOST: usize = libc::UIO_MAXIOV as usize;
 
 /// Pieces of memory, whose mappings whoever fills it keeps until they are used. It makes no reference to them.
 #[derive(Default)]
-pub(super) struct Pieces(Vec<libc::iovec>);
+pub(crate) struct Pieces(Vec<libc::iovec>);
 
 // SAFETY: they are addresses, which mean the same on each thread; only unsafe functions use them.
 unsafe impl Send for Pieces {}
