@@ -4,7 +4,7 @@
 use anyhow::Result;
 use argh::FromArgs;
 use vmm::config::{
-    ConsoleConfig, CpusConfig, DiskConfig, MemoryConfig, NetConfig, PayloadConfig, RngConfig,
+    ConsoleConfig, CpusConfig, DiskConfig, MemoryConfig, NetConfig, PayloadConfig, PmemConfig, RngConfig,
     VmConfig,
 };
 
@@ -59,6 +59,11 @@ pub struct Args {
     #[argh(option, arg_name = "list", default = "String::new()")]
     pub rng: String,
 
+    /// file=FILE or a directory, size=S (the file's; a multiple of 2M), mergeable=on|off, discard_writes=on|off (off),
+    /// id=NAME: persistent memory; one list a device
+    #[argh(option, arg_name = "list")]
+    pub pmem: Vec<String>,
+
     /// COM1: off, null (default), tty, or file=PATH
     #[argh(option, arg_name = "mode", default = "\"null\".into()")]
     pub serial: String,
@@ -111,7 +116,6 @@ const NOT_BUILT: &[&str] = &[
     "numa",
     "pci-segment",
     "platform",
-    "pmem",
     "pvpanic",
     "rate-limit-group",
     "restore",
@@ -176,7 +180,7 @@ fn repeat_lists(words: &[String]) -> Vec<String> {
     while let Some(word) = words.next() {
         out.push(word.clone());
         match word.as_str() {
-            "--disk" | "--net" => {
+            "--disk" | "--net" | "--pmem" => {
                 out.push(
                     words
                         .next_if(|w| !is_option(w))
@@ -232,6 +236,11 @@ impl Args {
                 .map(|text| NetConfig::parse(text))
                 .collect::<Result<_, _>>()?,
             rng: RngConfig::parse(&self.rng)?,
+            pmem: self
+                .pmem
+                .iter()
+                .map(|text| PmemConfig::parse(text))
+                .collect::<Result<_, _>>()?,
         })
     }
 }

@@ -9,6 +9,7 @@ mod disk;
 pub mod event;
 mod machine;
 mod memory_manager;
+mod pmem;
 pub mod signals;
 mod tap;
 pub mod threads;

@@ -99,9 +99,10 @@ impl Machine {
         let address_bits = arch::cpuid::address_bits(&supported);
         let windows = HighWindows::new(config.memory.size, address_bits);
         let slots = memory.map_into(&vm, hypervisor.max_memory_slots(), windows.memory.as_ref())?;
-        let devices =
+        let mut devices =
             DeviceManager::new(&vm, config, &memory, &slots, windows.pci, outputs, events)?;
         let vcpus = boot::prepare(vm.as_ref(), &supported, config, memory.ram(), &devices)?;
+        devices.keep_files();
         Ok(Self {
             cpus: None,
             vcpus,

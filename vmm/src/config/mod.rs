@@ -9,6 +9,7 @@ mod disk;
 mod memory;
 mod net;
 mod payload;
+mod pmem;
 mod rng;
 
 pub use console::{ConsoleConfig, ConsoleMode};
@@ -17,6 +18,7 @@ pub use disk::{DiskConfig, ImageType};
 pub use memory::MemoryConfig;
 pub use net::{DEFAULT_IP, DEFAULT_MASK, NetConfig};
 pub use payload::PayloadConfig;
+pub use pmem::{PMEM_ALIGNMENT, PmemConfig};
 pub use rng::RngConfig;
 
 use option_parser::OptionText;
@@ -97,6 +99,8 @@ pub struct VmConfig {
     pub net: Vec<NetConfig>,
     /// Entropy.
     pub rng: RngConfig,
+    /// Persistent memory devices, in the order in which the guest finds them.
+    pub pmem: Vec<PmemConfig>,
 }
 
 impl VmConfig {
@@ -132,6 +136,9 @@ impl VmConfig {
         for net in &self.net {
             net.validate()?;
         }
+        for pmem in &self.pmem {
+            pmem.validate()?;
+        }
         let mut ids = self.ids();
         ids.sort_unstable();
         if let Some([(id, first), (_, second)]) = ids.array_windows().find(|[a, b]| a.0 == b.0) {
@@ -147,8 +154,10 @@ impl VmConfig {
     fn ids(&self) -> Vec<(&str, &'static str)> {
         let disks = self.disks.iter().map(|d| (&d.id, "--disk"));
         let nets = self.net.iter().map(|n| (&n.id, "--net"));
+        let pmems = self.pmem.iter().map(|p| (&p.id, "--pmem"));
         disks
             .chain(nets)
+            .chain(pmems)
             .filter_map(|(id, option)| Some((id.as_deref()?, option)))
             .collect()
     }
@@ -178,6 +187,7 @@ mod tests {
             disks: vec![DiskConfig::parse("path=/d,id=a").unwrap()],
             net: vec![NetConfig::parse("tap=t,mtu=1400").unwrap()],
             rng: RngConfig::parse("src=/dev/random").unwrap(),
+            pmem: vec![PmemConfig::parse("file=/p,size=2M").unwrap()],
         };
         let text = serde_json::to_string(&config).unwrap();
         assert_eq!(serde_json::from_str::<VmConfig>(&text).unwrap(), config);

@@ -25,6 +25,7 @@ use crate::console::Outputs;
 use crate::cpu_manager::ExitRoutes;
 use crate::event::EventSender;
 use crate::memory_manager::{MemoryManager, MemorySlots};
+use crate::pmem::Before;
 
 use self::interrupts::{IoapicInterrupts, Routing};
 use self::pci::Pci;
@@ -110,6 +111,8 @@ pub struct DeviceManager {
     ged: arch::acpi::Ged,
     pci: Pci,
     console: Option<ConsoleEnds>,
+    /// As they were, until the machine is sure to start.
+    pmem_files: Vec<Before>,
     input: Input,
 }
 
@@ -175,7 +178,7 @@ impl DeviceManager {
             window64,
         )?;
 
-        let console = VirtioHost::new(vm.clone(), routing, ram, slots, &pci, events)
+        let handles = VirtioHost::new(vm.clone(), routing, ram, slots, &pci, events)
             .map_err(event_error("virtio devices"))?
             .add_all(config, outputs.console.clone())?;
 
@@ -187,7 +190,8 @@ impl DeviceManager {
             serial_room,
             ged,
             pci,
-            console,
+            console: handles.console,
+            pmem_files: handles.pmem,
             input: Input::of(config),
         })
     }
@@ -207,6 +211,11 @@ impl DeviceManager {
         acpi.ged = Some(self.ged);
         acpi.serial = self.serial.as_ref().map(|_| legacy::SERIAL);
         acpi.pci = Some(self.pci.describe());
+    }
+
+    /// The machine starts: what was done to files of the host stays.
+    pub fn keep_files(&mut self) {
+        self.pmem_files.drain(..).for_each(Before::keep);
     }
 
     /// Types `bytes` at the console that has the terminal; how many it took.

@@ -20,7 +20,7 @@ use vm_memory::{
 use crate::config::MemoryConfig;
 
 pub use host::{HostMemory, merge};
-pub use slots::{MappedRegion, MemorySlots};
+pub use slots::MemorySlots;
 pub use window::HighWindows;
 
 /// What can go wrong with guest RAM.

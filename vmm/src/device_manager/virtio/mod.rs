@@ -5,6 +5,7 @@
 mod block;
 mod console;
 mod net;
+mod pmem;
 mod rng;
 
 use std::io;
@@ -23,12 +24,21 @@ use crate::config::VmConfig;
 use crate::console::Output;
 use crate::event::EventSender;
 use crate::memory_manager::{MemoryManager, MemorySlots};
+use crate::pmem::Before;
 use crate::threads;
 
 pub(super) use console::ConsoleEnds;
 
 /// Guest memory as virtio devices hold it.
 pub(super) type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
+
+/// What the machine keeps of virtio devices.
+pub(super) struct Handles {
+    /// The host's ends of the console.
+    pub console: Option<ConsoleEnds>,
+    /// The files of persistent memory, as they were.
+    pub pmem: Vec<Before>,
+}
 
 /// What every virtio device gets.
 pub(super) struct VirtioHost<'a> {
@@ -68,11 +78,15 @@ impl<'a> VirtioHost<'a> {
         &self,
         config: &VmConfig,
         output: Option<Output>,
-    ) -> Result<Option<ConsoleEnds>, DeviceError> {
+    ) -> Result<Handles, DeviceError> {
         block::add(self, config)?;
         net::add(self, config)?;
         rng::add(self, config)?;
-        console::add(self, config, output)
+        let console = console::add(self, config, output)?;
+        Ok(Handles {
+            console,
+            pmem: pmem::add(self, config)?,
+        })
     }
 
     /// Puts `device` on the bus.
