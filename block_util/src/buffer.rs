@@ -62,6 +62,15 @@ impl IoBuf {
         self.0.iov_len == 0
     }
 
+    /// `len` bytes of it from byte `start` on, or what there is of them; for the same request.
+    #[must_use]
+    pub fn part(&self, start: usize, len: usize) -> IoBuf {
+        let mut part = *self;
+        part.advance(start);
+        part.0.iov_len = part.0.iov_len.min(len);
+        part
+    }
+
     /// Drops the first `count` bytes, at most all.
     pub(crate) fn advance(&mut self, count: usize) {
         let count = count.min(self.0.iov_len);

@@ -1,6 +1,9 @@
 //! Disks of a virtual machine, without the machine: what a disk is ([`DiskFile`]), how data moves to and from it
 //! ([`DiskIo`]), raw files and block devices ([`RawDisk`]), and a limit on how fast ([`RateLimiter`]).
 //!
+//! For image formats: the file below them with the same engines ([`DataFile`]), and queues whose requests a function carries out
+//! ([`CallIo`], [`Helpers`]).
+//!
 //! ```
 //! use block_util::{AlignedBuf, DiskFile, DiskIo, IoOptions, LockMode, Operation, RawDisk, RawOptions, Request};
 //!
@@ -34,6 +37,7 @@
 //! ```
 
 mod buffer;
+mod call;
 mod disk;
 mod image_type;
 mod io;
@@ -42,6 +46,7 @@ mod rate_limiter;
 mod raw;
 
 pub use buffer::{AlignedBuf, IoBuf};
+pub use call::{CallIo, HelperIo, Helpers};
 pub use disk::{DiskError, DiskFile, Engine, Geometry, IoOptions, LockMode};
 pub use image_type::{ImageType, UnknownImageType};
 pub use io::{Completion, DiskIo, Drain, Operation, QueueFull, Request};
@@ -50,4 +55,4 @@ pub use rate_limiter::{
     BucketConfig, Clock, LimiterTimer, ManualClock, MonotonicClock, RateLimiter, RateLimiterConfig,
     RateLimiterError,
 };
-pub use raw::{RawDisk, RawOptions};
+pub use raw::{DataFile, RawDisk, RawOptions};

@@ -56,6 +56,18 @@ pub unsafe fn scatter(own: &[u8], pieces: &[IoBuf]) -> usize {
     done
 }
 
+/// Fills `pieces` with zeroes.
+///
+/// # Safety
+///
+/// The contract of [`IoBuf::new`] holds for the pieces.
+pub unsafe fn clear(pieces: &[IoBuf]) {
+    for piece in pieces {
+        // SAFETY: the piece's bytes can be written, and nobody has a reference to them.
+        unsafe { ptr::write_bytes(piece.as_ptr(), 0, piece.len()) };
+    }
+}
+
 /// Reads all of `bytes`, at most 4096, from any offset, aligned or not, waiting for it.
 pub fn read_at(target: &Target, bytes: &mut [u8], offset: u64) -> io::Result<()> {
     let start = offset - offset % ALIGNMENT as u64;

@@ -1,13 +1,14 @@
 //! Raw disks: a file or a block device whose bytes are the disk's.
 //!
 //! ```text
-//! RawDisk ──open_io──▶ UringIo, AioIo or SyncIo: carry out the steps
-//!    │                      │
-//!    └── Target ◀───────────┴── Transfer: one request, told as a sequence of steps
+//! RawDisk or DataFile ──open_io──▶ UringIo, AioIo or CallIo: carry out the steps
+//!    │                                 │
+//!    └── Target ◀──────────────────────┴── Transfer: one request, told as a sequence of steps
 //! ```
 
 mod aio;
 mod bounce;
+mod data;
 mod sync;
 mod sys;
 mod target;
@@ -26,7 +27,8 @@ use crate::disk::{DiskError, DiskFile, Engine, Geometry, IoOptions, LockMode};
 use crate::io::DiskIo;
 use crate::lock::{lock_file, unlock_file};
 use aio::AioIo;
-use sync::SyncIo;
+pub use data::DataFile;
+pub(crate) use sys::borrow;
 use target::Target;
 use uring::UringIo;
 
@@ -78,7 +80,7 @@ impl RawDisk {
                 source,
             })?;
         Ok(RawDisk {
-            target: Arc::new(Target::new(file, path, options)?),
+            target: Arc::new(Target::new(file, path, options, true)?),
         })
     }
 
@@ -113,28 +115,30 @@ impl DiskFile for RawDisk {
     }
 
     fn open_io(&self, options: &IoOptions) -> Result<Box<dyn DiskIo>, DiskError> {
-        let failed = |source| DiskError::Engine {
-            path: self.target.path.clone(),
-            depth: options.depth,
-            engine: options.engine,
-            source,
-        };
-        if !(1..=IoOptions::MAX_DEPTH).contains(&options.depth) {
-            return Err(failed(io::Error::from(io::ErrorKind::InvalidInput)));
-        }
-        let (target, depth) = (|| Arc::clone(&self.target), options.depth);
-        let uring = || UringIo::new(target(), depth).map(|io| Box::new(io) as Box<dyn DiskIo>);
-        let aio = || AioIo::new(target(), depth).map(|io| Box::new(io) as Box<dyn DiskIo>);
-        let sync = || SyncIo::new(target(), depth).map(|io| Box::new(io) as Box<dyn DiskIo>);
-        match options.engine {
-            Engine::IoUring => uring(),
-            Engine::Aio => aio(),
-            Engine::Sync => sync(),
-            Engine::Auto if self.target.options.direct => {
-                uring().or_else(|_| aio()).or_else(|_| sync())
-            }
-            Engine::Auto => uring().or_else(|_| sync()),
-        }
-        .map_err(failed)
+        open_engine(&self.target, options)
     }
+}
+
+fn open_engine(target: &Arc<Target>, options: &IoOptions) -> Result<Box<dyn DiskIo>, DiskError> {
+    let failed = |source| DiskError::Engine {
+        path: target.path.clone(),
+        depth: options.depth,
+        engine: options.engine,
+        source,
+    };
+    if !(1..=IoOptions::MAX_DEPTH).contains(&options.depth) {
+        return Err(failed(io::Error::from(io::ErrorKind::InvalidInput)));
+    }
+    let (target, depth) = (|| Arc::clone(target), options.depth);
+    let uring = || UringIo::new(target(), depth).map(|io| Box::new(io) as Box<dyn DiskIo>);
+    let aio = || AioIo::new(target(), depth).map(|io| Box::new(io) as Box<dyn DiskIo>);
+    let sync = || sync::open(target(), depth);
+    match options.engine {
+        Engine::IoUring => uring(),
+        Engine::Aio => aio(),
+        Engine::Sync => sync(),
+        Engine::Auto if target().options.direct => uring().or_else(|_| aio()).or_else(|_| sync()),
+        Engine::Auto => uring().or_else(|_| sync()),
+    }
+    .map_err(failed)
 }

@@ -22,6 +22,8 @@ pub struct Target {
     pub options: RawOptions,
     pub geometry: Geometry,
     pub is_device: bool,
+    /// The disk ends where the file does: requests past it are refused. Otherwise what is read there is zeroes.
+    pub bounded: bool,
     /// Told when the file is open for direct I/O.
     pub direct: Option<DirectAlignment>,
     /// What is written where the storage knows no zeroing.
@@ -33,7 +35,12 @@ pub struct Target {
 }
 
 impl Target {
-    pub fn new(file: File, path: &Path, options: &RawOptions) -> Result<Target, DiskError> {
+    pub fn new(
+        file: File,
+        path: &Path,
+        options: &RawOptions,
+        bounded: bool,
+    ) -> Result<Target, DiskError> {
         let failed = |what| {
             move |source| DiskError::Inspect {
                 path: path.to_owned(),
@@ -73,6 +80,7 @@ impl Target {
             options: *options,
             geometry,
             is_device,
+            bounded,
             direct,
             zeroes,
             no_punch: AtomicBool::new(false),
@@ -127,8 +135,10 @@ impl Target {
 impl Drop for Target {
     fn drop(&mut self) {
         // Nothing is in flight, but the kernel may let go of an engine's hold on the file a little later, and a lock would
-        // last as long.
-        let _ = unlock_file(&self.file, &self.path);
+        // last as long. Below an image format it is not ours.
+        if self.bounded {
+            let _ = unlock_file(&self.file, &self.path);
+        }
     }
 }
 

@@ -24,7 +24,7 @@ fn target(options: &RawOptions) -> Target {
         .write(true)
         .open(file.path())
         .unwrap();
-    Target::new(opened, file.path(), options).unwrap()
+    Target::new(opened, file.path(), options, true).unwrap()
 }
 
 fn start(target: &Target, operation: Operation<'_>) -> Transfer {

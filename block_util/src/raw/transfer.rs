@@ -164,7 +164,12 @@ impl Transfer {
     /// Takes a range that has to be within the disk.
     fn range(&mut self, target: &Target, offset: u64, len: u64) -> Result<(), i32> {
         let end = offset.checked_add(len).ok_or(libc::EINVAL)?;
-        if end > target.size() {
+        let most = if target.bounded {
+            target.size()
+        } else {
+            i64::MAX as u64
+        };
+        if end > most {
             return Err(libc::EINVAL);
         }
         if let Some(direct) = target.direct
@@ -298,7 +303,7 @@ impl Transfer {
         match answer {
             Ok(count) => {
                 self.retries = 0;
-                self.advance(count);
+                self.advance(target, count);
             }
             Err(libc::EINTR | libc::EAGAIN) if self.retries < RETRIES => self.retries += 1,
             Err(errno) => self.stage = self.without(target, errno),
@@ -306,8 +311,14 @@ impl Transfer {
         self.prepare(target);
     }
 
-    fn advance(&mut self, count: usize) {
+    fn advance(&mut self, target: &Target, count: usize) {
         self.stage = match self.stage {
+            Stage::Move(Direction::Read) if count == 0 && !target.bounded => {
+                let rest = self.buffers.get(self.first..).unwrap_or_default();
+                // SAFETY: these are the request's buffers, and the request is in flight.
+                unsafe { bounce::clear(rest) };
+                Stage::Done(Ok(()))
+            }
             // Within the disk by its size: the file was cut short behind our back.
             Stage::Move(_) | Stage::WriteZeroes if count == 0 => Stage::Done(Err(libc::EIO)),
             Stage::Move(direction) => {
