@@ -61,9 +61,11 @@ mod pieces;
 mod pmem;
 mod rng;
 pub mod transport;
+mod vsock;
 
 pub use block::{Block, BlockConfig, BlockControl, BlockError, BlockV1, SERIAL_LEN};
 pub use console::{Console, ConsoleError, ConsoleHandle, ConsoleInput, ConsoleV1};
 pub use net::{Net, NetConfig, NetControl, NetError, NetV1, PacketQueue};
 pub use pmem::{Pmem, PmemConfig};
 pub use rng::{Rng, RngError};
+pub use vsock::{MOST_VSOCK_STREAMS, Vsock, VsockError, VsockListener, VsockV1};
