@@ -4,8 +4,8 @@
 use anyhow::Result;
 use argh::FromArgs;
 use vmm::config::{
-    ConsoleConfig, CpusConfig, DiskConfig, MemoryConfig, NetConfig, PayloadConfig, PmemConfig, RngConfig,
-    VmConfig,
+    ConsoleConfig, CpusConfig, DiskConfig, MemoryConfig, NetConfig, PayloadConfig, PmemConfig,
+    RngConfig, VmConfig, VsockConfig,
 };
 
 /// A virtual machine monitor for modern cloud workloads on KVM.
@@ -54,6 +54,11 @@ pub struct Args {
     /// host_mac=MAC (at random), mtu=N, num_queues=N (2), queue_size=N (256), id=NAME; one list a device
     #[argh(option, arg_name = "list")]
     pub net: Vec<String>,
+
+    /// cid=N (3 to 4294967294), socket=PATH, id=NAME: sockets between guest and host; a program of the host connects to PATH
+    /// and says CONNECT port, and a guest that connects to port P of the host finds who listens at PATH_P
+    #[argh(option, arg_name = "list")]
+    pub vsock: Option<String>,
 
     /// src=FILE (/dev/urandom): entropy; the device is always there
     #[argh(option, arg_name = "list", default = "String::new()")]
@@ -122,7 +127,6 @@ const NOT_BUILT: &[&str] = &[
     "tpm",
     "user-device",
     "vdpa",
-    "vsock",
     "watchdog",
 ];
 
@@ -236,6 +240,10 @@ impl Args {
                 .map(|text| NetConfig::parse(text))
                 .collect::<Result<_, _>>()?,
             rng: RngConfig::parse(&self.rng)?,
+            vsock: match &self.vsock {
+                None => None,
+                Some(text) => Some(VsockConfig::parse(text)?),
+            },
             pmem: self
                 .pmem
                 .iter()

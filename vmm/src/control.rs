@@ -7,6 +7,7 @@ use std::path::PathBuf;
 
 use hypervisor::Hypervisor;
 use thiserror::Error;
+use virtio_devices::{VsockError, VsockListener};
 
 use crate::config::{ConsoleMode, VmConfig};
 use crate::console::{Escape, Output, Outputs, terminal};
@@ -48,6 +49,9 @@ pub enum ControlError {
         #[source]
         source: io::Error,
     },
+    /// The socket of `--vsock`.
+    #[error("--vsock")]
+    Vsock(#[source] VsockError),
     /// The machine cannot be built or booted.
     #[error(transparent)]
     Machine(#[from] MachineError),
@@ -76,6 +80,11 @@ pub fn run(
     events: &EventSender,
     receiver: &EventReceiver,
 ) -> Result<Ended, ControlError> {
+    let vsock = config.vsock.as_ref();
+    let vsock = vsock
+        .map(|vsock| VsockListener::bind(&vsock.socket))
+        .transpose()
+        .map_err(ControlError::Vsock)?;
     let sinks = [
         Sink::open("--serial", &config.serial.mode)?,
         Sink::open("--console", config.console_mode())?,
@@ -83,6 +92,7 @@ pub fn run(
     let outputs = Outputs {
         serial: sinks[0].output("serial-out", events)?,
         console: sinks[1].output("console-out", events)?,
+        vsock,
     };
     let mut machine = match Machine::new(hypervisor, config, &outputs, events) {
         Ok(machine) => machine,

@@ -11,6 +11,7 @@ mod net;
 mod payload;
 mod pmem;
 mod rng;
+mod vsock;
 
 pub use console::{ConsoleConfig, ConsoleMode};
 pub use cpus::{CpuTopologyConfig, CpusConfig};
@@ -20,6 +21,7 @@ pub use net::{DEFAULT_IP, DEFAULT_MASK, NetConfig};
 pub use payload::PayloadConfig;
 pub use pmem::{PMEM_ALIGNMENT, PmemConfig};
 pub use rng::RngConfig;
+pub use vsock::VsockConfig;
 
 use option_parser::OptionText;
 use serde::{Deserialize, Serialize};
@@ -101,6 +103,8 @@ pub struct VmConfig {
     pub rng: RngConfig,
     /// Persistent memory devices, in the order in which the guest finds them.
     pub pmem: Vec<PmemConfig>,
+    /// Sockets between guest and host.
+    pub vsock: Option<VsockConfig>,
 }
 
 impl VmConfig {
@@ -139,6 +143,9 @@ impl VmConfig {
         for pmem in &self.pmem {
             pmem.validate()?;
         }
+        if let Some(vsock) = &self.vsock {
+            vsock.validate()?;
+        }
         let mut ids = self.ids();
         ids.sort_unstable();
         if let Some([(id, first), (_, second)]) = ids.array_windows().find(|[a, b]| a.0 == b.0) {
@@ -155,9 +162,11 @@ impl VmConfig {
         let disks = self.disks.iter().map(|d| (&d.id, "--disk"));
         let nets = self.net.iter().map(|n| (&n.id, "--net"));
         let pmems = self.pmem.iter().map(|p| (&p.id, "--pmem"));
+        let vsock = self.vsock.iter().map(|v| (&v.id, "--vsock"));
         disks
             .chain(nets)
             .chain(pmems)
+            .chain(vsock)
             .filter_map(|(id, option)| Some((id.as_deref()?, option)))
             .collect()
     }
@@ -188,6 +197,7 @@ mod tests {
             net: vec![NetConfig::parse("tap=t,mtu=1400").unwrap()],
             rng: RngConfig::parse("src=/dev/random").unwrap(),
             pmem: vec![PmemConfig::parse("file=/p,size=2M").unwrap()],
+            vsock: Some(VsockConfig::parse("cid=3,socket=/v").unwrap()),
         };
         let text = serde_json::to_string(&config).unwrap();
         assert_eq!(serde_json::from_str::<VmConfig>(&text).unwrap(), config);

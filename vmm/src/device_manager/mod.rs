@@ -180,7 +180,7 @@ impl DeviceManager {
 
         let handles = VirtioHost::new(vm.clone(), routing, ram, slots, &pci, events)
             .map_err(event_error("virtio devices"))?
-            .add_all(config, outputs.console.clone())?;
+            .add_all(config, outputs)?;
 
         Ok(Self {
             ports,

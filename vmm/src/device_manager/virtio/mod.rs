@@ -7,6 +7,7 @@ mod console;
 mod net;
 mod pmem;
 mod rng;
+mod vsock;
 
 use std::io;
 use std::sync::Arc;
@@ -21,7 +22,7 @@ use super::DeviceError;
 use super::interrupts::{MsiVectors, Routing};
 use super::pci::Pci;
 use crate::config::VmConfig;
-use crate::console::Output;
+use crate::console::Outputs;
 use crate::event::EventSender;
 use crate::memory_manager::{MemoryManager, MemorySlots};
 use crate::pmem::Before;
@@ -73,16 +74,17 @@ impl<'a> VirtioHost<'a> {
         })
     }
 
-    /// Makes the devices of `config`, in the order in which the guest finds them. `output` is the host's end of the console.
+    /// Makes the devices of `config`, in the order in which the guest finds them. `outputs` are the host's ends.
     pub(super) fn add_all(
         &self,
         config: &VmConfig,
-        output: Option<Output>,
+        outputs: &Outputs,
     ) -> Result<Handles, DeviceError> {
         block::add(self, config)?;
         net::add(self, config)?;
         rng::add(self, config)?;
-        let console = console::add(self, config, output)?;
+        let console = console::add(self, config, outputs.console.clone())?;
+        vsock::add(self, config, outputs.vsock.as_ref())?;
         Ok(Handles {
             console,
             pmem: pmem::add(self, config)?,
