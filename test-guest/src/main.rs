@@ -10,6 +10,7 @@
 #![no_main]
 
 mod acpi;
+mod bench;
 mod boot;
 mod clock;
 mod cpu;

@@ -53,6 +53,11 @@ pub fn put(byte: u8) {
     outb(BASE, byte);
 }
 
+/// The byte that has come, looked for without an interrupt.
+pub fn poll() -> Option<u8> {
+    (inb(LSR) & 1 != 0).then(|| inb(BASE))
+}
+
 /// Chooses the interrupts: bit 0 data available, bit 1 transmitter empty.
 pub fn set_interrupts(mask: u8) {
     outb(IER, mask);

@@ -12,10 +12,13 @@ mod smp;
 mod virtio_blk;
 mod virtio_data;
 mod virtio_hostile;
+mod virtio_net;
+mod virtio_pmem;
 mod virtio_reset;
 mod virtio_rng;
 mod virtio_transport;
 
+use crate::bench;
 use crate::cpu::cpl3;
 use crate::line;
 use crate::outcome::{Outcome, Reason, ensure, same};
@@ -53,10 +56,18 @@ const TESTS: &[Test] = &[
     ("virtio_blk_verify", virtio_data::verify),
     ("virtio_blk_reset", virtio_reset::reset),
     ("virtio_blk_hostile", virtio_hostile::hostile),
+    ("virtio_pmem", virtio_pmem::pmem),
+    ("virtio_pmem_dma", virtio_pmem::dma),
+    ("virtio_net", virtio_net::net),
+    ("bench_blk", bench::blk::run),
+    ("bench_rng", bench::rng::run),
+    ("bench_net_tx", bench::net::transmit),
+    ("bench_net_rx", bench::net::receive),
+    ("bench_net_echo", bench::net::echo),
 ];
 
 /// Runs the body of a test at CPL 3, where it is native.
-fn at_cpl3(body: fn() -> Outcome) -> Outcome {
+pub fn at_cpl3(body: fn() -> Outcome) -> Outcome {
     struct Call {
         body: fn() -> Outcome,
         outcome: Outcome,

@@ -209,6 +209,11 @@ impl Blk {
         })
     }
 
+    /// The status of a request that came back.
+    pub fn status(&self, index: usize, head: u16) -> u8 {
+        read(self.headers[index.min(MAX_QUEUES - 1)] + u64::from(head) * 32 + 16)
+    }
+
     /// One request, from start to end.
     pub fn run(&mut self, index: usize, kind: u32, sector: u64, data: &[Segment]) -> Outcome<Done> {
         let started = self.start(index, kind, sector, data)?;

@@ -1,6 +1,7 @@
 //! Virtio devices behind PCI, modern transport (virtio 1.2 §3.1, §4.1).
 
 pub mod blk;
+pub mod net;
 pub mod queue;
 
 use crate::clock::within;
