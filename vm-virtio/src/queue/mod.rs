@@ -469,8 +469,10 @@ impl DeviceQueue {
         mut request: impl FnMut(&mut Chain) -> Result<Outcome, Fault>,
     ) -> Result<Next, QueueError> {
         let mut turns = self.size();
+        let mut promised = false;
         self.disable_notification(memory)?;
         loop {
+            let before = turns;
             while self.pop(memory, chain)? {
                 let head = chain.head();
                 match request(chain).map_err(|fault| self.error(fault))? {
@@ -486,7 +488,13 @@ impl DeviceQueue {
                     return Ok(Next::Again);
                 }
             }
-            if !self.enable_notification(memory)? {
+            if promised && turns == before {
+                // An index that the driver takes back, or rings on top of each other, where turning notifications on and off
+                // changes it: without an end, if it went on.
+                return Err(self.error(Fault::Request("the available index goes back")));
+            }
+            promised = self.enable_notification(memory)?;
+            if !promised {
                 return Ok(Next::Wait);
             }
             self.disable_notification(memory)?;

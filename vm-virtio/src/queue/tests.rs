@@ -279,6 +279,25 @@ fn a_driver_that_never_stops_has_its_turn_and_no_more() {
     assert_eq!((next.unwrap(), requests), (Next::Again, SIZE));
 }
 
+/// Found by fuzzing: the device looped without an end.
+#[test]
+fn rings_on_top_of_each_other_do_not_hold_the_device() {
+    let (memory, driver, _) = both(VERSION_1);
+    // The flags that turn notifications off are where the available index is.
+    let state = QueueV1 {
+        available: BASE + 0x1002,
+        used: BASE + 0x1004,
+        next_available: 1,
+        next_used: 1,
+        ..driver.state()
+    };
+    let mut device = device_side(&memory, &state, VERSION_1).unwrap();
+    let served = device.serve(&*memory, &TestInterrupt::default(), |_| {
+        panic!("there is no chain")
+    });
+    assert!(matches!(served.unwrap_err().fault, Fault::Request(_)));
+}
+
 #[test]
 fn what_cannot_be_taken_stays() {
     let (memory, mut driver, mut device) = both(RING_FEATURES);
