@@ -1,5 +1,7 @@
 //! What the fuzz targets share.
 
+pub mod device;
+
 use std::fmt::Debug;
 use std::sync::OnceLock;
 
