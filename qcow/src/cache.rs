@@ -56,6 +56,8 @@ pub(crate) struct Cache {
     limit: usize,
     table_size: usize,
     dirty: usize,
+    /// Tables that ever came in.
+    arrivals: u64,
 }
 
 impl Cache {
@@ -68,6 +70,7 @@ impl Cache {
             limit,
             table_size,
             dirty: 0,
+            arrivals: 0,
         }
     }
 
@@ -138,18 +141,29 @@ impl Cache {
                 "image file",
                 offset,
             ))?;
-            self.make_room();
-            self.tables.insert(
-                offset,
-                Table {
-                    bytes,
-                    dirty: None,
-                    used: self.clock,
-                    verified: false,
-                },
-            );
+            self.put(offset, bytes);
         }
         Ok(())
+    }
+
+    /// Puts a table in that is as on the disk.
+    pub fn put(&mut self, offset: u64, bytes: Vec<u8>) {
+        self.make_room();
+        self.arrivals += 1;
+        self.tables.insert(
+            offset,
+            Table {
+                bytes,
+                dirty: None,
+                used: self.clock,
+                verified: false,
+            },
+        );
+    }
+
+    /// Changes with every table that comes in.
+    pub fn arrivals(&self) -> u64 {
+        self.arrivals
     }
 
     /// Puts a new table in, all of it dirty.
@@ -157,6 +171,7 @@ impl Cache {
         self.remove(offset);
         self.make_room();
         self.clock += 1;
+        self.arrivals += 1;
         let dirty = Some(0..bytes.len());
         self.tables.insert(
             offset,

@@ -9,7 +9,7 @@
 //! let image = Arc::new(Image::create(dir.path().join("disk"), &CreateOptions::new(1 << 20))?);
 //! image.write_at(&[7; 4096], 0)?;
 //! let mut pieces = Vec::new();
-//! let hold = image.hold_read(0, 4096, &mut pieces)?;
+//! let hold = image.hold_read(0, 4096, &mut pieces)?.ok_or("not at once")?;
 //! let Place::File(at) = pieces[0].place else { panic!("it was just written") };
 //! let mut buf = [0; 4096];
 //! image.data_file().ok_or("it is a file")?.read_exact_at(&mut buf, at)?; // or io_uring
@@ -19,7 +19,7 @@
 //! ```
 
 use std::fs::File;
-use std::sync::Arc;
+use std::sync::{Arc, MutexGuard};
 
 use crate::error::Result;
 use crate::image::Image;
@@ -70,6 +70,9 @@ impl Image {
 
     /// Finds where `length` bytes at `offset` are, for reading. `pieces` is emptied and filled, in order.
     ///
+    /// Never waits for I/O or for other operations, so that a thread with holds of its own can ask: `None` where that would be
+    /// needed, or where there are many pieces. [`Image::read_at`] reads those, on a thread without holds.
+    ///
     /// # Errors
     /// As [`Image::read_at`].
     pub fn hold_read(
@@ -77,30 +80,26 @@ impl Image {
         offset: u64,
         length: u64,
         pieces: &mut Vec<Piece>,
-    ) -> Result<Hold> {
+    ) -> Result<Option<Hold>> {
         pieces.clear();
         self.check_range(offset, length)?;
-        let mut meta = self.enter();
-        for s in meta.resolve(offset, length, usize::MAX)? {
-            let place = match s.source {
-                Source::Host(at) => Place::File(at),
-                Source::Zero => Place::Zero,
-                Source::Backing | Source::Compressed { .. } => Place::Elsewhere,
-            };
-            pieces.push(Piece {
-                length: s.length,
-                place,
-            });
+        if length > MOST_BYTES {
+            return Ok(None);
         }
-        let ticket = meta.begin();
-        Ok(Hold {
-            image: Arc::clone(self),
-            ticket,
-        })
+        let Some(mut meta) = self.try_enter() else {
+            return Ok(None);
+        };
+        if !meta.places_to_read(offset, length, pieces)? {
+            pieces.clear();
+            return Ok(None);
+        }
+        Ok(Some(self.hold(meta)))
     }
 
-    /// Finds where `length` bytes at `offset` are, for writing in place: all pieces are [`Place::File`] then. `None` where
-    /// anything is in the way, such as clusters to allocate; [`Image::write_at`] deals with that.
+    /// Finds where `length` bytes at `offset` are, for writing in place: all pieces are [`Place::File`] then.
+    ///
+    /// `None` as for [`Image::hold_read`], and where anything else is in the way, such as clusters to allocate;
+    /// [`Image::write_at`] deals with that.
     ///
     /// # Errors
     /// As [`Image::write_at`].
@@ -112,21 +111,92 @@ impl Image {
     ) -> Result<Option<Hold>> {
         pieces.clear();
         self.check_range(offset, length)?;
-        let mut meta = self.enter();
-        meta.prepare_write()?;
-        if !meta.places_to_write(offset, length, pieces)? {
+        if length > MOST_BYTES {
+            return Ok(None);
+        }
+        let Some(mut meta) = self.try_enter() else {
+            return Ok(None);
+        };
+        if !meta.is_prepared()? || !meta.places_to_write(offset, length, pieces)? {
             pieces.clear();
             return Ok(None);
         }
+        Ok(Some(self.hold(meta)))
+    }
+
+    fn hold(self: &Arc<Self>, mut meta: MutexGuard<'_, Meta>) -> Hold {
         let ticket = meta.begin();
-        Ok(Some(Hold {
+        Hold {
             image: Arc::clone(self),
             ticket,
-        }))
+        }
+    }
+
+    /// Whether a flush has nothing to do but to make [`Image::data_file`] durable (`fdatasync`). Where that then fails,
+    /// [`Image::flush_failed`] has to be told. Never waits; where it is not so, or not to be known at once, [`Image::flush`] flushes.
+    ///
+    /// # Errors
+    /// As [`Image::flush`].
+    pub fn only_data_to_flush(&self) -> Result<bool> {
+        let Some(meta) = self.try_enter() else {
+            return Ok(false);
+        };
+        match meta.stop_reason() {
+            Some(reason) => Err(reason),
+            None => Ok(self.data.is_none() && !(meta.writable && meta.is_dirty())),
+        }
+    }
+
+    /// What was written since the last flush may be lost: no more is written.
+    pub fn flush_failed(&self) {
+        self.lock().stop();
     }
 }
 
+/// Longest range that is looked up at once, so that the lock is held for short.
+const MOST_BYTES: u64 = 4 << 20;
+/// Most pieces of a range.
+const MOST_PIECES: usize = 64;
+
 impl Meta {
+    /// False where there are too many pieces, or an L2 table is not in memory.
+    fn places_to_read(
+        &mut self,
+        offset: u64,
+        length: u64,
+        pieces: &mut Vec<Piece>,
+    ) -> Result<bool> {
+        let layout = self.layout;
+        let (mut at, end) = (offset, offset + length);
+        while at < end {
+            let index = layout.l1_index(at);
+            if let Some((table, _)) = self.l2_offset(index)?
+                && !self.l2.contains(table)
+            {
+                return Ok(false);
+            }
+            let stop = end.min((index + 1) * layout.l2_span());
+            let mut segments = std::mem::take(&mut self.segments);
+            segments.clear();
+            let resolved = self.resolve_into(&mut segments, at, stop - at, MOST_PIECES);
+            for s in &segments {
+                let place = match s.source {
+                    Source::Host(at) => Place::File(at),
+                    Source::Zero => Place::Zero,
+                    Source::Backing | Source::Compressed { .. } => Place::Elsewhere,
+                };
+                push(pieces, s.length, place);
+                at = s.guest + s.length;
+            }
+            self.segments = segments;
+            resolved?;
+            if at < stop || pieces.len() > MOST_PIECES {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
     fn places_to_write(
         &mut self,
         offset: u64,
@@ -138,6 +208,15 @@ impl Meta {
         while at < end {
             let first = layout.cluster_start(at);
             let to = end.min(first + layout.cluster_size());
+            let Some((table, true)) = self.l2_offset(layout.l1_index(at))? else {
+                return Ok(false);
+            };
+            // Looked at against the refcounts, with the data's file being that which they count.
+            let verified =
+                self.l2.is_verified(table) || (layout.external_data && self.l2.contains(table));
+            if !verified || pieces.len() > MOST_PIECES {
+                return Ok(false);
+            }
             let entry = self.entry(at)?;
             let Descriptor::Standard {
                 host: Some(host),
@@ -154,21 +233,26 @@ impl Meta {
                     "the L2 entry for guest byte {first:#x} points to metadata at {host:#x}"
                 )));
             }
-            let place = host + (at - first);
-            match pieces.last_mut() {
-                Some(Piece {
-                    length,
-                    place: Place::File(from),
-                }) if *from + *length == place => *length += to - at,
-                _ => pieces.push(Piece {
-                    length: to - at,
-                    place: Place::File(place),
-                }),
-            }
+            push(pieces, to - at, Place::File(host + (at - first)));
             at = to;
         }
         Ok(true)
     }
+}
+
+/// Adds a piece, or makes the last one longer.
+fn push(pieces: &mut Vec<Piece>, length: u64, place: Place) {
+    if let Some(last) = pieces.last_mut() {
+        let continues = match (last.place, place) {
+            (Place::File(from), Place::File(to)) => from.checked_add(last.length) == Some(to),
+            (last, new) => last == new,
+        };
+        if continues {
+            last.length += length;
+            return;
+        }
+    }
+    pieces.push(Piece { length, place });
 }
 
 #[cfg(test)]
@@ -213,7 +297,10 @@ mod tests {
                 && buf[1000..16_000].iter().all(|b| *b == 2)
                 && buf[16_000] == 1
         );
-        let hold = image.hold_read(16_000, 10_000, &mut pieces).unwrap();
+        let hold = image
+            .hold_read(16_000, 10_000, &mut pieces)
+            .unwrap()
+            .unwrap();
         assert_eq!(
             pieces[1],
             Piece {
@@ -234,7 +321,7 @@ mod tests {
         let image = image(512);
         image.write_at(&[1; 512], 0).unwrap();
         let mut pieces = Vec::new();
-        let hold = image.hold_read(0, 512, &mut pieces).unwrap();
+        let hold = image.hold_read(0, 512, &mut pieces).unwrap().unwrap();
         let Place::File(at) = pieces[0].place else {
             panic!("{pieces:?}")
         };
@@ -258,5 +345,59 @@ mod tests {
         image.write_at(&[3; 512], 0).unwrap();
         assert_eq!(file_byte(at), 3, "now it is");
         assert_eq!(image.check().unwrap().leaks, 0);
+    }
+
+    #[test]
+    fn tables_that_are_not_in_memory_are_no_work_for_a_hold() {
+        let storage = Arc::new(FileStorage::new(tempfile::tempfile().unwrap()));
+        let options = CreateOptions::new(64 << 20).cluster_size(512);
+        let image = Image::create_storage(Box::new(Arc::clone(&storage)), &options).unwrap();
+        image.write_at(&[1; 512], 0).unwrap();
+        image.close().unwrap();
+        let open = crate::OpenOptions::new().write(true);
+        let image = Arc::new(Image::open_storage(Box::new(storage), &open).unwrap());
+        let mut pieces = Vec::new();
+        assert!(image.hold_read(0, 512, &mut pieces).unwrap().is_none());
+        image.read_at(&mut [0; 512], 0).unwrap();
+        assert!(image.hold_read(0, 512, &mut pieces).unwrap().is_some());
+        assert!(
+            image.hold_write(0, 512, &mut pieces).unwrap().is_none(),
+            "its flags were not looked at"
+        );
+        image.write_at(&[1; 512], 0).unwrap();
+        assert!(image.hold_write(0, 512, &mut pieces).unwrap().is_some());
+        let far = MOST_BYTES + 512;
+        assert!(image.hold_read(0, far, &mut pieces).unwrap().is_none());
+    }
+
+    #[test]
+    fn who_waits_to_be_alone_gets_no_more_holds_in_the_way() {
+        let image = image(4096);
+        image.write_at(&[1; 8192], 0).unwrap();
+        let mut pieces = Vec::new();
+        let hold = image.hold_read(0, 512, &mut pieces).unwrap().unwrap();
+        std::thread::scope(|scope| {
+            let taken = scope.spawn(|| image.create_snapshot("s"));
+            while let Some(another) = image.hold_read(0, 512, &mut pieces).unwrap() {
+                drop(another);
+                std::thread::yield_now();
+            }
+            drop(hold);
+            taken.join().unwrap().unwrap();
+        });
+        assert_eq!(image.snapshots().len(), 1);
+    }
+
+    #[test]
+    fn a_flush_is_of_data_alone_where_no_table_changed() {
+        let image = image(4096);
+        image.write_at(&[1; 8192], 0).unwrap();
+        assert!(!image.only_data_to_flush().unwrap());
+        image.flush().unwrap();
+        assert!(image.only_data_to_flush().unwrap());
+        image.write_at(&[2; 8192], 0).unwrap();
+        assert!(image.only_data_to_flush().unwrap(), "written in place");
+        image.flush_failed();
+        assert!(image.only_data_to_flush().is_err() && image.write_at(&[0], 0).is_err());
     }
 }

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, TryLockError};
 
 use crate::backing::{self, Backing, Chain};
 use crate::cache::Cache;
@@ -15,6 +15,10 @@ use crate::options::OpenOptions;
 use crate::refcount::{Refcounts, read_words};
 use crate::snapshot_table;
 use crate::storage::{FileStorage, Storage};
+use crate::tickets::Tickets;
+
+/// Tries to get the lock before it counts as held for long: a few microseconds.
+const SPINS: usize = 100;
 
 /// A qcow2 image: a disk of [`Image::len`] bytes that is read and written at any offset, by any number of threads.
 ///
@@ -22,8 +26,9 @@ use crate::storage::{FileStorage, Storage};
 #[derive(Debug)]
 pub struct Image {
     pub(crate) meta: Mutex<Meta>,
-    /// Signalled when an operation ends.
+    /// Signalled when `meta` changes in a way that others wait for.
     pub(crate) changed: Condvar,
+    pub(crate) tickets: Arc<Tickets>,
     pub(crate) storage: Arc<dyn Storage>,
     pub(crate) data: Option<Arc<dyn Storage>>,
     pub(crate) backing: Option<Backing>,
@@ -109,6 +114,7 @@ impl Image {
         }
         let size = meta.header.size;
         let image = Image {
+            tickets: Arc::clone(&meta.tickets),
             meta: Mutex::new(meta),
             changed: Condvar::new(),
             storage,
@@ -237,19 +243,35 @@ impl Image {
     pub(crate) fn exclusive(&self) -> MutexGuard<'_, Meta> {
         let mut meta = self.lock();
         meta.exclusive_waiters += 1;
-        while !meta.active.is_empty() {
+        self.tickets.watch();
+        while !self.tickets.is_empty() {
             meta = self.wait(meta);
         }
+        self.tickets.unwatch();
         meta.exclusive_waiters -= 1;
         self.changed.notify_all();
         meta
     }
 
-    /// Ends the operation with `ticket`.
+    /// The lock, if that takes no longer than another's look at the tables, and no one waits to be alone.
+    pub(crate) fn try_enter(&self) -> Option<MutexGuard<'_, Meta>> {
+        for _ in 0..SPINS {
+            match self.meta.try_lock() {
+                Ok(meta) => return (meta.exclusive_waiters == 0).then_some(meta),
+                Err(TryLockError::Poisoned(_)) => return None,
+                Err(TryLockError::WouldBlock) => std::hint::spin_loop(),
+            }
+        }
+        None
+    }
+
+    /// Ends the operation with `ticket`, which has left the metadata alone since it began.
     pub(crate) fn leave(&self, ticket: u64) {
-        let mut meta = self.lock();
-        meta.end(ticket);
-        self.wake(meta);
+        if self.tickets.end(ticket) {
+            // Who watches either holds the lock or waits for the signal.
+            drop(self.lock());
+            self.changed.notify_all();
+        }
     }
 
     /// Gives up the lock and wakes who waits for a change. With nobody there, that is no system call.
@@ -384,11 +406,12 @@ pub(crate) fn load(
         tables: Default::default(),
         ranges: Vec::new(),
         pending: Vec::new(),
-        active: Default::default(),
+        tickets: Default::default(),
         next_ticket: 0,
         busy: Default::default(),
         exclusive_waiters: 0,
         waiters: 0,
+        segments: Vec::new(),
         punch_holes: options.punch_holes,
         compressed_tail: None,
         storage,

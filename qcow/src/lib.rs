@@ -44,6 +44,7 @@ mod cache;
 mod meta;
 mod refmap;
 mod switch;
+mod tickets;
 mod walk;
 mod writeback;
 

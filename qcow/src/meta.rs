@@ -9,9 +9,11 @@ use crate::cache::Cache;
 use crate::error::{Error, Result};
 use crate::header::{Header, autoclear, incompatible};
 use crate::layout::{COPIED, Descriptor, L2Entry, Layout, OFFSET};
+use crate::read::Segment;
 use crate::refcount::Refcounts;
 use crate::snapshot_table::Snapshot;
 use crate::storage::Storage;
+use crate::tickets::Tickets;
 
 /// A host cluster that is no longer referenced by what is in memory, but may be by the disk or by I/O under way.
 #[derive(Clone, Copy, Debug)]
@@ -44,15 +46,17 @@ pub(crate) struct Meta {
     pub ranges: Vec<(u64, u64)>,
     /// To be given back with the next write-back.
     pub pending: Vec<Pending>,
-    /// Tickets of operations under way.
-    pub active: BTreeSet<u64>,
+    /// Operations under way.
+    pub tickets: Arc<Tickets>,
     pub next_ticket: u64,
     /// Guest clusters whose entry an operation under way is about to change.
     pub busy: HashSet<u64>,
     /// Operations that wait to be alone.
     pub exclusive_waiters: usize,
-    /// Threads that wait for an operation to end.
+    /// Threads that wait for a change.
     pub waiters: usize,
+    /// Room for the segments of a range, used again and again.
+    pub segments: Vec<Segment>,
     /// Length of the image file.
     pub file_end: u64,
     /// Whether freed clusters are punched out of the image file.
@@ -64,12 +68,11 @@ pub(crate) struct Meta {
 impl Meta {
     /// Fails unless the image takes writes, and does what must be done before the first one.
     pub fn prepare_write(&mut self) -> Result<()> {
-        if !self.writable {
-            return Err(self.stop_reason().unwrap_or(Error::ReadOnly));
+        if self.is_prepared()? {
+            return Ok(());
         }
         // Bitmaps do not follow our writes, and unknown features cannot: say so before anything changes.
-        let stale = self.header.autoclear & (autoclear::BITMAPS | !autoclear::KNOWN);
-        let lazy = self.header.lazy_refcounts() && !self.header.dirty();
+        let (stale, lazy) = (self.stale_features(), self.must_get_dirty());
         if stale != 0 || lazy {
             self.header.autoclear &= !stale;
             if lazy {
@@ -78,11 +81,31 @@ impl Meta {
             self.write_header()?;
             self.flush_image()?;
         }
-        // Bounds what is dirty and what is pending.
-        if self.l2.dirty() >= self.l2.limit() / 2 || self.pending.len() >= 4096 {
+        if self.is_full() {
             self.write_back()?;
         }
         Ok(())
+    }
+
+    /// Whether there is nothing to do before a write. Fails unless the image takes writes.
+    pub fn is_prepared(&self) -> Result<bool> {
+        if !self.writable {
+            return Err(self.stop_reason().unwrap_or(Error::ReadOnly));
+        }
+        Ok(self.stale_features() == 0 && !self.must_get_dirty() && !self.is_full())
+    }
+
+    fn stale_features(&self) -> u64 {
+        self.header.autoclear & (autoclear::BITMAPS | !autoclear::KNOWN)
+    }
+
+    fn must_get_dirty(&self) -> bool {
+        self.header.lazy_refcounts() && !self.header.dirty()
+    }
+
+    /// Bounds what is dirty and what is pending.
+    fn is_full(&self) -> bool {
+        self.l2.dirty() >= self.l2.limit() / 2 || self.pending.len() >= 4096
     }
 
     /// Writes the header's changing fields, all in one sector.
@@ -351,12 +374,13 @@ impl Meta {
     pub fn begin(&mut self) -> u64 {
         let ticket = self.next_ticket;
         self.next_ticket += 1;
-        self.active.insert(ticket);
+        self.tickets.begin(ticket);
         ticket
     }
 
+    /// Who holds the lock tells of a change anyway.
     pub fn end(&mut self, ticket: u64) {
-        self.active.remove(&ticket);
+        let _ = self.tickets.end(ticket);
     }
 }
 

@@ -33,13 +33,25 @@ pub(crate) struct Segment {
 impl Meta {
     /// Finds where `length` guest bytes at `offset` come from, up to `most` segments; neighbours are merged.
     pub fn resolve(&mut self, offset: u64, length: u64, most: usize) -> Result<Vec<Segment>> {
+        let mut out = Vec::new();
+        self.resolve_into(&mut out, offset, length, most)?;
+        Ok(out)
+    }
+
+    /// As [`Self::resolve`], behind what is in `out`.
+    pub fn resolve_into(
+        &mut self,
+        out: &mut Vec<Segment>,
+        offset: u64,
+        length: u64,
+        most: usize,
+    ) -> Result<()> {
         let layout = self.layout;
-        let mut out: Vec<Segment> = Vec::new();
         let (mut at, end) = (offset, offset + length);
         while at < end && out.len() < most {
             if self.l2_offset(layout.l1_index(at))?.is_none() {
                 let next = ((at / layout.l2_span() + 1) * layout.l2_span()).min(end);
-                self.push(&mut out, at, next - at, Source::Backing);
+                self.push(out, at, next - at, Source::Backing);
                 at = next;
                 continue;
             }
@@ -52,7 +64,7 @@ impl Meta {
                         length,
                         skip: layout.in_cluster(at),
                     };
-                    self.push(&mut out, at, cluster_end - at, source);
+                    self.push(out, at, cluster_end - at, source);
                     at = cluster_end;
                 }
                 Descriptor::Standard { host, .. } => {
@@ -65,13 +77,13 @@ impl Meta {
                             (Unit::Zero, _) => Source::Zero,
                             _ => Source::Backing,
                         };
-                        self.push(&mut out, at, next - at, source);
+                        self.push(out, at, next - at, source);
                         at = next;
                     }
                 }
             }
         }
-        Ok(out)
+        Ok(())
     }
 
     fn push(&self, out: &mut Vec<Segment>, guest: u64, length: u64, source: Source) {
@@ -112,6 +124,7 @@ impl Image {
         let mut done = 0;
         while done < buf.len() {
             let at = offset + done as u64;
+            self.bring_l2(at)?;
             let (ticket, segments) = {
                 let mut meta = self.enter();
                 let segments = meta.resolve(at, (buf.len() - done) as u64, BATCH)?;
@@ -124,6 +137,31 @@ impl Image {
             result?;
             done += length as usize;
         }
+        Ok(())
+    }
+
+    /// Reads the L2 table for `guest` if it is not in memory, without the lock. Where that does not work out, whoever needs the
+    /// table reads it.
+    pub(crate) fn bring_l2(&self, guest: u64) -> Result<()> {
+        let (ticket, offset, arrivals) = {
+            let mut meta = self.enter();
+            match meta.l2_offset(self.layout.l1_index(guest))? {
+                Some((offset, _)) if !meta.l2.contains(offset) => {
+                    (meta.begin(), offset, meta.l2.arrivals())
+                }
+                _ => return Ok(()),
+            }
+        };
+        let mut bytes = vec![0; self.layout.cluster_size() as usize];
+        let read = self.storage.read_at(&mut bytes, offset);
+        {
+            let mut meta = self.lock();
+            // A table changes only while it is in the cache, and this one has not been there.
+            if read.is_ok() && meta.l2.arrivals() == arrivals {
+                meta.l2.put(offset, bytes);
+            }
+        }
+        self.leave(ticket);
         Ok(())
     }
 

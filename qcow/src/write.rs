@@ -287,6 +287,7 @@ impl Image {
 
     /// Writes the first bytes of `buf`; how many.
     fn write_some(&self, buf: &[u8], offset: u64) -> Result<usize> {
+        self.bring_l2(offset)?;
         let mut meta = self.enter();
         let plan = loop {
             meta.prepare_write()?;

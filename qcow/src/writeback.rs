@@ -91,7 +91,7 @@ impl Meta {
 
     /// Gives back clusters that neither the disk nor an operation under way references.
     fn apply_pending(&mut self) -> Result<()> {
-        let oldest = self.active.first().copied().unwrap_or(u64::MAX);
+        let oldest = self.tickets.oldest().unwrap_or(u64::MAX);
         if !self.pending.iter().any(|p| p.after <= oldest) {
             return Ok(());
         }
