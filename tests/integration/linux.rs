@@ -19,6 +19,10 @@ pub struct Linux {
     disk: Option<String>,
     /// In a network namespace of its own, with this value of `--net`.
     net: Option<&'static str>,
+    /// Further options with their values.
+    options: Vec<(&'static str, String)>,
+    /// The value of `--memory`, where it says more than the size.
+    memory_option: Option<String>,
     /// The kernel's console: `ttyS0` or `hvc0`.
     console: &'static str,
 }
@@ -34,6 +38,8 @@ impl Linux {
             patience: Duration::from_secs(400),
             disk: None,
             net: None,
+            options: Vec::new(),
+            memory_option: None,
             console: "ttyS0",
         }
     }
@@ -41,6 +47,18 @@ impl Linux {
     /// With this value of `--disk`.
     pub fn disk(mut self, disk: String) -> Self {
         self.disk = Some(disk);
+        self
+    }
+
+    /// With a further option.
+    pub fn option(mut self, name: &'static str, value: impl Into<String>) -> Self {
+        self.options.push((name, value.into()));
+        self
+    }
+
+    /// With this value of `--memory`.
+    pub fn memory_option(mut self, value: impl Into<String>) -> Self {
+        self.memory_option = Some(value.into());
         self
     }
 
@@ -59,7 +77,15 @@ impl Linux {
             .option("--cmdline", format!("{} {words}", cmdline.trim_end()))
             .option(terminal, "tty")
             .option("--cpus", format!("boot={}", self.cpus))
-            .option("--memory", format!("size={}", self.memory));
+            .option(
+                "--memory",
+                self.memory_option
+                    .clone()
+                    .unwrap_or_else(|| format!("size={}", self.memory)),
+            );
+        let builder = self.options.iter().fold(builder, |builder, (name, value)| {
+            builder.option(name, value)
+        });
         let builder = match &self.disk {
             Some(disk) => builder.option("--disk", disk),
             None => builder,

@@ -9,5 +9,6 @@ mod disks;
 mod endings;
 mod linux;
 mod net;
+mod pmem;
 mod support;
 mod terminal;

@@ -109,7 +109,8 @@ pub fn pmem() -> Outcome {
 pub fn dma() -> Outcome {
     at_cpl3(|| {
         dma::reset();
-        let mut pmem = Pmem::open(0)?;
+        // Nothing follows the last.
+        let mut pmem = Pmem::open(number("pmem").unwrap_or(1) - 1)?;
         let start: u64 = map::read(pmem.transport.config.at);
         let place = start + pmem.size - 16;
         let seen = pmem.at + pmem.size - 16;
