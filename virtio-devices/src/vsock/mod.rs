@@ -57,6 +57,8 @@ mod peer;
 mod state;
 mod stream;
 mod streams;
+#[cfg(test)]
+mod tests;
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 use vm_migration::{MigrationError, Section};
