@@ -54,8 +54,10 @@
 //! # Ok(()) }
 //! ```
 
+mod balloon;
 mod block;
 mod console;
+mod discard;
 mod net;
 mod pieces;
 mod pmem;
@@ -63,8 +65,12 @@ mod rng;
 pub mod transport;
 mod vsock;
 
+pub use balloon::{
+    Balloon, BalloonConfig, BalloonControl, BalloonError, BalloonStatistics, BalloonV1,
+};
 pub use block::{Block, BlockConfig, BlockControl, BlockError, BlockV1, SERIAL_LEN};
 pub use console::{Console, ConsoleError, ConsoleHandle, ConsoleInput, ConsoleV1};
+pub use discard::{DiscardError, DiscardRam};
 pub use net::{Net, NetConfig, NetControl, NetError, NetV1, PacketQueue};
 pub use pmem::{Pmem, PmemConfig};
 pub use rng::{Rng, RngError};

@@ -45,7 +45,9 @@ impl Guest {
         Self::with_memory(device, memory())
     }
 
-    fn with_memory(device: Box<dyn VirtioDevice<TestMemory>>, memory: TestMemory) -> Self {
+    /// As [`new`](Self::new), with RAM that others have too.
+    #[must_use]
+    pub fn with_memory(device: Box<dyn VirtioDevice<TestMemory>>, memory: TestMemory) -> Self {
         let interrupt = Arc::new(TestInterrupt::default());
         let core = DeviceCore::new(device, 0, memory.clone(), interrupt.clone(), spawn())
             .expect("putting the device behind registers");
