@@ -12,3 +12,4 @@ mod net;
 mod pmem;
 mod support;
 mod terminal;
+mod vsock;

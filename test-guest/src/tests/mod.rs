@@ -17,6 +17,7 @@ mod virtio_pmem;
 mod virtio_reset;
 mod virtio_rng;
 mod virtio_transport;
+mod virtio_vsock;
 
 use crate::bench;
 use crate::cpu::cpl3;
@@ -56,6 +57,8 @@ const TESTS: &[Test] = &[
     ("virtio_blk_verify", virtio_data::verify),
     ("virtio_blk_reset", virtio_reset::reset),
     ("virtio_blk_hostile", virtio_hostile::hostile),
+    ("virtio_vsock", virtio_vsock::vsock),
+    ("virtio_vsock_bulk", virtio_vsock::bulk),
     ("virtio_pmem", virtio_pmem::pmem),
     ("virtio_pmem_dma", virtio_pmem::dma),
     ("virtio_net", virtio_net::net),

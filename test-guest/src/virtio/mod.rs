@@ -3,6 +3,7 @@
 pub mod blk;
 pub mod net;
 pub mod queue;
+pub mod vsock;
 
 use crate::clock::within;
 use crate::cpu::{apic, idt};
