@@ -1,4 +1,4 @@
-//! The small platform devices: serial, CMOS, i8042, IOAPIC, ACPI ports, debug ports.
+//! The small platform devices: serial, CMOS, i8042, IOAPIC, ACPI ports, debug ports, pvpanic.
 //!
 //! Each is a device on a bus of `vm-device` and knows neither the hypervisor nor the other devices: interrupts,
 //! resets and output leave through what its constructor is given.
@@ -24,6 +24,7 @@ pub mod debug_port;
 pub mod firmware_debug;
 pub mod i8042;
 pub mod ioapic;
+pub mod pvpanic;
 pub mod serial;
 
 #[cfg(test)]
