@@ -4,8 +4,8 @@
 use anyhow::Result;
 use argh::FromArgs;
 use vmm::config::{
-    ConsoleConfig, CpusConfig, DiskConfig, MemoryConfig, NetConfig, PayloadConfig, PmemConfig,
-    RngConfig, VmConfig, VsockConfig,
+    BalloonConfig, ConsoleConfig, CpusConfig, DiskConfig, MemoryConfig, NetConfig, PayloadConfig,
+    PmemConfig, RngConfig, VmConfig, VsockConfig,
 };
 
 /// A virtual machine monitor for modern cloud workloads on KVM.
@@ -41,7 +41,8 @@ pub struct Args {
     #[argh(option, arg_name = "list", default = "String::new()")]
     pub cpus: String,
 
-    /// size=S (512M), mergeable=on|off, shared=on|off, hugepages=on|off (all off)
+    /// size=S (512M), mergeable=on|off, shared=on|off, hugepages=on|off (all off), hotplug_method=acpi|virtio-mem (acpi),
+    /// hotplug_size=S and hotplugged_size=S (0) of virtio-mem, balloon=on|off (off)
     #[argh(option, arg_name = "list", default = "String::new()")]
     pub memory: String,
 
@@ -68,6 +69,14 @@ pub struct Args {
     /// id=NAME: persistent memory; one list a device
     #[argh(option, arg_name = "list")]
     pub pmem: Vec<String>,
+
+    /// size=S (0) that the guest gives up, deflate_on_oom=on|off, free_page_reporting=on|off (off), id=NAME
+    #[argh(option, arg_name = "list")]
+    pub balloon: Option<String>,
+
+    /// a device by which the guest tells that it panicked; the log then says so
+    #[argh(switch)]
+    pub pvpanic: bool,
 
     /// COM1: off, null (default), tty, or file=PATH
     #[argh(option, arg_name = "mode", default = "\"null\".into()")]
@@ -108,7 +117,6 @@ pub enum Parsed {
 /// Options of the surface whose devices or services come later.
 const NOT_BUILT: &[&str] = &[
     "api-socket",
-    "balloon",
     "debug-console",
     "device",
     "event-monitor",
@@ -121,7 +129,6 @@ const NOT_BUILT: &[&str] = &[
     "numa",
     "pci-segment",
     "platform",
-    "pvpanic",
     "rate-limit-group",
     "restore",
     "tpm",
@@ -195,7 +202,7 @@ fn repeat_lists(words: &[String]) -> Vec<String> {
                     out.extend([word.clone(), value.clone()]);
                 }
             }
-            "--rng" | "--cpus" | "--memory" => {
+            "--rng" | "--cpus" | "--memory" | "--balloon" => {
                 out.push(
                     words
                         .next_if(|w| !is_option(w))
@@ -240,9 +247,14 @@ impl Args {
                 .map(|text| NetConfig::parse(text))
                 .collect::<Result<_, _>>()?,
             rng: RngConfig::parse(&self.rng)?,
+            pvpanic: self.pvpanic,
             vsock: match &self.vsock {
                 None => None,
                 Some(text) => Some(VsockConfig::parse(text)?),
+            },
+            balloon: match &self.balloon {
+                None => None,
+                Some(text) => Some(BalloonConfig::parse(text)?),
             },
             pmem: self
                 .pmem

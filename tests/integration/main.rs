@@ -10,6 +10,7 @@ mod endings;
 mod linux;
 mod net;
 mod pmem;
+mod pvpanic;
 mod support;
 mod terminal;
 mod vsock;

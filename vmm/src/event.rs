@@ -12,6 +12,11 @@ pub enum Event {
     GuestShutdown,
     /// The guest asked for a reset.
     GuestReset,
+    /// The guest told, by pvpanic, that it panicked. It goes on as it likes.
+    GuestPanicked {
+        /// A kernel that it loaded for this takes over.
+        crash_kernel: bool,
+    },
     /// A vCPU took a triple fault.
     TripleFault {
         /// vCPU number.
@@ -37,6 +42,11 @@ impl EventSender {
             // An eventfd refuses a write only when its counter is full: then it is readable anyway.
             let _ = self.wake.write(1);
         }
+    }
+
+    /// Writing to it wakes the control thread, which then looks for events and requests.
+    pub(crate) fn waker(&self) -> io::Result<EventFd> {
+        self.wake.try_clone()
     }
 
     /// Another sender to the same control thread.

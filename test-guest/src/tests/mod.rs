@@ -8,6 +8,7 @@ mod pattern;
 mod pci;
 mod pci_bar;
 mod ports;
+mod pvpanic;
 mod smp;
 mod virtio_blk;
 mod virtio_data;
@@ -48,6 +49,7 @@ const TESTS: &[Test] = &[
     ("pci", pci::pci),
     ("pci_bar_move", pci_bar::moves),
     ("pci_bar_hostile", pci_bar::hostile),
+    ("pvpanic", pvpanic::pvpanic),
     ("virtio_rng", virtio_rng::rng),
     ("virtio_msix", virtio_rng::msix),
     ("virtio_transport", virtio_transport::transport),

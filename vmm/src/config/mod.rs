@@ -3,6 +3,7 @@
 //! Text becomes a device's config in the file of that device; [`VmConfig::validate`] then checks
 //! what no single option can know. Neither touches the host.
 
+mod balloon;
 mod console;
 mod cpus;
 mod disk;
@@ -13,10 +14,11 @@ mod pmem;
 mod rng;
 mod vsock;
 
+pub use balloon::BalloonConfig;
 pub use console::{ConsoleConfig, ConsoleMode};
 pub use cpus::{CpuTopologyConfig, CpusConfig};
 pub use disk::{DiskConfig, ImageType};
-pub use memory::MemoryConfig;
+pub use memory::{HOTPLUG_ALIGNMENT, HOTPLUG_BLOCK, HotplugMethod, MemoryConfig};
 pub use net::{DEFAULT_IP, DEFAULT_MASK, NetConfig};
 pub use payload::PayloadConfig;
 pub use pmem::{PMEM_ALIGNMENT, PmemConfig};
@@ -103,8 +105,12 @@ pub struct VmConfig {
     pub rng: RngConfig,
     /// Persistent memory devices, in the order in which the guest finds them.
     pub pmem: Vec<PmemConfig>,
+    /// A balloon.
+    pub balloon: Option<BalloonConfig>,
     /// Sockets between guest and host.
     pub vsock: Option<VsockConfig>,
+    /// The guest can tell that it panicked.
+    pub pvpanic: bool,
 }
 
 impl VmConfig {
@@ -143,6 +149,9 @@ impl VmConfig {
         for pmem in &self.pmem {
             pmem.validate()?;
         }
+        if let Some(balloon) = &self.balloon {
+            balloon.validate(self.memory.most())?;
+        }
         if let Some(vsock) = &self.vsock {
             vsock.validate()?;
         }
@@ -161,11 +170,13 @@ impl VmConfig {
     fn ids(&self) -> Vec<(&str, &'static str)> {
         let disks = self.disks.iter().map(|d| (&d.id, "--disk"));
         let nets = self.net.iter().map(|n| (&n.id, "--net"));
+        let balloon = self.balloon.iter().map(|b| (&b.id, "--balloon"));
         let pmems = self.pmem.iter().map(|p| (&p.id, "--pmem"));
         let vsock = self.vsock.iter().map(|v| (&v.id, "--vsock"));
         disks
             .chain(nets)
             .chain(pmems)
+            .chain(balloon)
             .chain(vsock)
             .filter_map(|(id, option)| Some((id.as_deref()?, option)))
             .collect()
@@ -197,7 +208,9 @@ mod tests {
             net: vec![NetConfig::parse("tap=t,mtu=1400").unwrap()],
             rng: RngConfig::parse("src=/dev/random").unwrap(),
             pmem: vec![PmemConfig::parse("file=/p,size=2M").unwrap()],
+            balloon: Some(BalloonConfig::parse("size=64M").unwrap()),
             vsock: Some(VsockConfig::parse("cid=3,socket=/v").unwrap()),
+            pvpanic: true,
         };
         let text = serde_json::to_string(&config).unwrap();
         assert_eq!(serde_json::from_str::<VmConfig>(&text).unwrap(), config);

@@ -3,6 +3,7 @@
 mod interrupts;
 mod legacy;
 mod pci;
+mod pvpanic;
 mod virtio;
 
 use std::io;
@@ -16,6 +17,7 @@ use devices::ioapic::Ioapic;
 use devices::serial::Serial;
 use hypervisor::Vm;
 use thiserror::Error;
+use virtio_devices::BalloonControl;
 use vm_allocator::{AddressAllocator, AllocatorError, IdAllocator};
 use vm_device::{Bus, BusDevice, BusError};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -73,6 +75,9 @@ pub enum DeviceError {
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+    /// The VM was made without a device that is to be changed.
+    #[error("the VM was started without {0}")]
+    Absent(&'static str),
     /// An eventfd could not be had.
     #[error("making the {name}")]
     Event {
@@ -111,6 +116,7 @@ pub struct DeviceManager {
     ged: arch::acpi::Ged,
     pci: Pci,
     console: Option<ConsoleEnds>,
+    balloon: Option<BalloonControl>,
     /// As they were, until the machine is sure to start.
     pmem_files: Vec<Before>,
     input: Input,
@@ -182,6 +188,8 @@ impl DeviceManager {
             .map_err(event_error("virtio devices"))?
             .add_all(config, outputs)?;
 
+        pvpanic::add(&pci, config, events)?;
+
         Ok(Self {
             ports,
             memory,
@@ -191,6 +199,7 @@ impl DeviceManager {
             ged,
             pci,
             console: handles.console,
+            balloon: handles.balloon,
             pmem_files: handles.pmem,
             input: Input::of(config),
         })
@@ -216,6 +225,30 @@ impl DeviceManager {
     /// The machine starts: what was done to files of the host stays.
     pub fn keep_files(&mut self) {
         self.pmem_files.drain(..).for_each(Before::keep);
+    }
+
+    /// The guest should give up `bytes` of its RAM, a multiple of 4096. It takes its time.
+    ///
+    /// # Errors
+    /// [`DeviceError::Absent`] without a balloon, and [`DeviceError::Option`] where it cannot have that size.
+    pub fn resize_balloon(&self, bytes: u64) -> Result<(), DeviceError> {
+        let balloon = self
+            .balloon
+            .as_ref()
+            .ok_or(DeviceError::Absent("--balloon"))?;
+        balloon
+            .resize(bytes)
+            .map_err(DeviceError::option("--balloon"))
+    }
+
+    /// Bytes of its RAM that the guest has given up; 0 without a balloon.
+    pub fn balloon_actual(&self) -> u64 {
+        self.balloon.as_ref().map_or(0, BalloonControl::actual)
+    }
+
+    /// To look at the balloon with, if there is one.
+    pub fn balloon(&self) -> Option<&BalloonControl> {
+        self.balloon.as_ref()
     }
 
     /// Types `bytes` at the console that has the terminal; how many it took.
