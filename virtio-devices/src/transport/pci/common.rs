@@ -5,6 +5,7 @@ use log::debug;
 use vm_virtio::{DeviceCore, DeviceMemory, Half, QueueAddress};
 
 use super::interrupt::PciInterrupt;
+use crate::transport::ErrorChain;
 
 /// Bytes of the structure, with the two registers that version 1.2 added. Neither of those is used: their features
 /// (notification data, queue reset) are not offered.
@@ -114,7 +115,7 @@ pub(super) fn write<M: DeviceMemory>(
 fn write_status<M: DeviceMemory>(core: &mut DeviceCore<M>, interrupt: &PciInterrupt, value: u8) {
     if let Err(error) = core.write_status(value) {
         // The driver sees NEEDS_RESET, or a device that is reset all the same.
-        debug!("{}", Chain(&error));
+        debug!("{}", ErrorChain(&error));
     }
     if value == 0 {
         interrupt.reset();
@@ -154,20 +155,5 @@ fn write32<M: DeviceMemory>(core: &mut DeviceCore<M>, offset: usize, value: u32)
                 }
             }
         }
-    }
-}
-
-/// An error and its causes in one line.
-struct Chain<'a>(&'a dyn std::error::Error);
-
-impl std::fmt::Display for Chain<'_> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}", self.0)?;
-        let mut source = self.0.source();
-        while let Some(error) = source {
-            write!(f, ": {error}")?;
-            source = error.source();
-        }
-        Ok(())
     }
 }

@@ -14,14 +14,14 @@ use vm_virtio::{
 };
 
 /// Answers each request with its bytes in reverse, on a worker a queue; its configuration is some bytes.
-struct Reverser {
+pub(crate) struct Reverser {
     config: Vec<u8>,
     sizes: Vec<u16>,
     workers: Vec<Worker<Handler>>,
 }
 
 impl Reverser {
-    fn boxed(queues: usize, config_len: usize) -> Box<dyn VirtioDevice<TestMemory>> {
+    pub(crate) fn boxed(queues: usize, config_len: usize) -> Box<dyn VirtioDevice<TestMemory>> {
         Box::new(Self {
             config: (1..=255).cycle().take(config_len).collect(),
             sizes: vec![256; queues],
