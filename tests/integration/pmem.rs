@@ -159,7 +159,7 @@ fn files_that_cannot_be_used() {
             .wait();
         assert!(ended.expect_refusal().starts_with("--kernel: "));
     }
-    assert_eq!(place.names(), [odd.clone()]);
+    assert_eq!(place.names(), std::slice::from_ref(&odd));
     assert_eq!(fs::metadata(odd).unwrap().len(), 3 * MIB);
 }
 

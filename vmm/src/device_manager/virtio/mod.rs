@@ -2,6 +2,7 @@
 //!
 //! Each kind of device has a file here that makes it from the config, and a line in [`VirtioHost::add_all`].
 
+mod balloon;
 mod block;
 mod console;
 mod net;
@@ -13,6 +14,7 @@ use std::io;
 use std::sync::Arc;
 
 use hypervisor::{IoEventAddress, Vm};
+use virtio_devices::BalloonControl;
 use virtio_devices::transport::pci::{Host, Notifications, VirtioPciDevice};
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 use vm_virtio::{Job, Spawn, VirtioDevice};
@@ -37,6 +39,8 @@ pub(super) type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
 pub(super) struct Handles {
     /// The host's ends of the console.
     pub console: Option<ConsoleEnds>,
+    /// The balloon, if there is one.
+    pub balloon: Option<BalloonControl>,
     /// The files of persistent memory, as they were.
     pub pmem: Vec<Before>,
 }
@@ -87,6 +91,7 @@ impl<'a> VirtioHost<'a> {
         vsock::add(self, config, outputs.vsock.as_ref())?;
         Ok(Handles {
             console,
+            balloon: balloon::add(self, config, self.ram.ram().clone())?,
             pmem: pmem::add(self, config)?,
         })
     }
