@@ -1,7 +1,7 @@
 //! `--pvpanic`: the guest tells the VMM that it panicked.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
 
 use devices::pvpanic::Pvpanic;
 use vm_device::Trigger;
@@ -23,11 +23,8 @@ pub(super) fn add(pci: &Pci, config: &VmConfig, events: &EventSender) -> Result<
             .map_err(|source| DeviceError::Event { name, source })?;
         // A guest may tell it without end; it is news only once.
         let told = AtomicBool::new(false);
-        let events = Mutex::new(events);
         Ok(Arc::new(move || {
-            if !told.swap(true, Ordering::Relaxed)
-                && let Ok(events) = events.lock()
-            {
+            if !told.swap(true, Ordering::Relaxed) {
                 events.send(Event::GuestPanicked { crash_kernel });
             }
             Ok(())

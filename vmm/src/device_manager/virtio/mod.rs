@@ -10,11 +10,14 @@ mod pmem;
 mod rng;
 mod vsock;
 
+use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
 
 use hypervisor::{IoEventAddress, Vm};
 use virtio_devices::BalloonControl;
+use virtio_devices::BlockControl;
 use virtio_devices::transport::pci::{Host, Notifications, VirtioPciDevice};
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 use vm_virtio::{Job, Spawn, VirtioDevice};
@@ -37,6 +40,10 @@ pub(super) type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
 
 /// What the machine keeps of virtio devices.
 pub(super) struct Handles {
+    /// Each device, with its slot.
+    pub devices: Vec<(u8, Arc<VirtioPciDevice<Memory>>)>,
+    /// What changes disks, by id.
+    pub disks: BTreeMap<String, BlockControl>,
     /// The host's ends of the console.
     pub console: Option<ConsoleEnds>,
     /// The balloon, if there is one.
@@ -52,7 +59,9 @@ pub(super) struct VirtioHost<'a> {
     ram: &'a MemoryManager,
     slots: &'a Arc<MemorySlots>,
     spawn: Spawn,
+    events: &'a EventSender,
     pci: &'a Pci,
+    devices: RefCell<Vec<(u8, Arc<VirtioPciDevice<Memory>>)>>,
 }
 
 impl<'a> VirtioHost<'a> {
@@ -63,18 +72,21 @@ impl<'a> VirtioHost<'a> {
         ram: &'a MemoryManager,
         slots: &'a Arc<MemorySlots>,
         pci: &'a Pci,
-        events: &EventSender,
+        events: &'a EventSender,
     ) -> io::Result<Self> {
-        let events = events.try_clone()?;
-        let spawn =
-            move |name: String, job: Job| threads::spawn(name, events.try_clone()?, job).map(drop);
+        let to_threads = events.try_clone()?;
+        let spawn = move |name: String, job: Job| {
+            threads::spawn(name, to_threads.try_clone()?, job).map(drop)
+        };
         Ok(Self {
             vm,
             routing,
             ram,
             slots,
             spawn: Arc::new(spawn),
+            events,
             pci,
+            devices: RefCell::default(),
         })
     }
 
@@ -84,7 +96,7 @@ impl<'a> VirtioHost<'a> {
         config: &VmConfig,
         outputs: &Outputs,
     ) -> Result<Handles, DeviceError> {
-        block::add(self, config)?;
+        let disks = block::add(self, config)?;
         net::add(self, config)?;
         rng::add(self, config)?;
         let console = console::add(self, config, outputs.console.clone())?;
@@ -93,6 +105,8 @@ impl<'a> VirtioHost<'a> {
             console,
             balloon: balloon::add(self, config, self.ram.ram().clone())?,
             pmem: pmem::add(self, config)?,
+            disks,
+            devices: self.devices.take(),
         })
     }
 
@@ -112,7 +126,9 @@ impl<'a> VirtioHost<'a> {
             extra_features: 0,
         };
         let device = VirtioPciDevice::new(id, device, self.ram.memory().clone(), host)?;
-        let slot = self.pci.add(id, None, Arc::new(device))?;
+        let device = Arc::new(device);
+        let slot = self.pci.add(id, None, device.clone())?;
+        self.devices.borrow_mut().push((slot, device));
         log::debug!("virtio device {id:?} is in PCI slot {slot}");
         Ok(())
     }
