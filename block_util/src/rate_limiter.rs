@@ -254,6 +254,28 @@ impl RateLimiter {
         Ok(())
     }
 
+    /// Takes the tokens of a request whose size was not known before it was made, even if they have to be owed: how long until
+    /// nothing is.
+    #[must_use]
+    pub fn charge(&self, bytes: u64, operations: u64) -> Duration {
+        let now = self.clock.now();
+        let mut buckets = self.buckets.lock().unwrap_or_else(PoisonError::into_inner);
+        let Buckets {
+            bandwidth,
+            operations: requests,
+        } = &mut *buckets;
+        let mut wait = Duration::ZERO;
+        for (bucket, tokens) in [(bandwidth, bytes), (requests, operations)] {
+            if let Some(bucket) = bucket {
+                bucket.fill(now);
+                bucket.take(tokens);
+                // The next one needs a token to be there.
+                wait = wait.max(bucket.wait(1));
+            }
+        }
+        wait
+    }
+
     /// Gives back what was taken for a request that was not made after all.
     pub fn give_back(&self, bytes: u64, operations: u64) {
         let mut buckets = self.buckets.lock().unwrap_or_else(PoisonError::into_inner);
@@ -306,6 +328,20 @@ impl LimiterTimer {
         Ok(!self.waiting)
     }
 
+    /// Counts a request of `bytes` that was made. If that is more than is allowed, the queue is to wait from now on.
+    ///
+    /// # Errors
+    ///
+    /// When the timer cannot be set.
+    pub fn charge(&mut self, bytes: u64) -> io::Result<()> {
+        let wait = self.limiter.charge(bytes, 1);
+        if !wait.is_zero() && !self.waiting {
+            self.timer.reset(wait.max(SHORTEST), None)?;
+            self.waiting = true;
+        }
+        Ok(())
+    }
+
     /// Call it when the descriptor is readable: it is not any more, and [`Self::may`] asks again. Harmless otherwise.
     ///
     /// # Errors
@@ -340,6 +376,23 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    #[test]
+    fn what_was_charged_is_owed() {
+        let clock = Arc::new(ManualClock::default());
+        let config = RateLimiterConfig {
+            bandwidth: Some(bucket(1000, 0, 100)),
+            operations: None,
+        };
+        let limiter = RateLimiter::with_clock(&config, clock.clone()).unwrap();
+        assert_eq!(limiter.charge(600, 1), Duration::ZERO);
+        // 200 too much, and one token for the next.
+        assert_eq!(limiter.charge(600, 1), Duration::from_micros(20_100));
+        clock.advance(Duration::from_millis(20));
+        assert_eq!(limiter.charge(0, 1), Duration::from_micros(100));
+        clock.advance(Duration::from_millis(40));
+        assert_eq!(limiter.charge(399, 1), Duration::ZERO);
+    }
 
     fn bucket(size: u64, burst: u64, millis: u64) -> BucketConfig {
         BucketConfig {

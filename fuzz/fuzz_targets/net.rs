@@ -169,6 +169,8 @@ impl Subject for Network {
             mtu: Some(1500),
             queue_pairs: 2,
             queue_size: 64,
+            offloads: virtio_devices::NET_OFFLOADS,
+            limit: Default::default(),
         };
         let ends = self
             .ends

@@ -22,11 +22,13 @@
 //! # Ok(()) }
 //! ```
 
+mod batch;
 mod interface;
 mod mac;
 mod queue;
 mod tap;
 
+pub use batch::{MAX_BATCH, SendBatch};
 pub use interface::{Interface, InterfaceError};
 pub use mac::{MacAddr, MacError};
 pub use queue::{MAX_PACKET_LEN, TapQueue, VNET_HEADER_LEN};

@@ -58,6 +58,26 @@ impl TapQueue {
         moved(unsafe { libc::writev(self.fd.as_raw_fd(), pieces.as_ptr(), count(pieces.len())?) })
     }
 
+    /// Whether a [`SendBatch`](crate::SendBatch) may send through it: the kernel then takes each packet at once and in order, since it
+    /// can write without waiting, and has no limit after which a packet would have to wait.
+    pub fn takes_batches(&self) -> bool {
+        let mut limit: libc::c_int = 0;
+        // SAFETY: TUNGETSNDBUF writes one int.
+        let told = unsafe { libc::ioctl(self.fd.as_raw_fd(), libc::TUNGETSNDBUF, &raw mut limit) };
+        if told < 0 || limit != libc::c_int::MAX {
+            return false;
+        }
+        let byte = 0u8;
+        let piece = libc::iovec {
+            iov_base: (&raw const byte).cast_mut().cast(),
+            iov_len: 1,
+        };
+        // SAFETY: the kernel reads one byte, which is no packet: it is shorter than a header.
+        let sent = unsafe { libc::pwritev2(self.fd.as_raw_fd(), &piece, 1, -1, libc::RWF_NOWAIT) };
+        // A file that cannot write without waiting says EOPNOTSUPP before it looks at the packet.
+        sent < 0 && io::Error::last_os_error().raw_os_error() == Some(libc::EINVAL)
+    }
+
     /// Another descriptor of the same queue.
     ///
     /// # Errors

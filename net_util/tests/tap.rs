@@ -10,8 +10,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use net_util::{
-    Interface, InterfaceError, MAX_PACKET_LEN, MacAddr, Offloads, Tap, TapError, TapOptions,
-    TapQueue, VNET_HEADER_LEN,
+    Interface, InterfaceError, MAX_PACKET_LEN, MacAddr, Offloads, SendBatch, Tap, TapError,
+    TapOptions, TapQueue, VNET_HEADER_LEN,
 };
 
 /// Runs a test on a thread with its own interfaces, and its own view of them in /sys.
@@ -281,6 +281,61 @@ fn packets_go_both_ways_whole_and_in_pieces() {
         let many = vec![IoSlice::new(b"x"); 2000];
         let error = queue.write_vectored(&many).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::InvalidInput);
+    });
+}
+
+#[test]
+fn a_batch_is_as_many_packets_by_themselves() {
+    in_namespace(|| {
+        let tap = open("guest0", 1).unwrap();
+        ready(&tap);
+        let queue = &tap.queues()[0];
+        assert!(queue.takes_batches(), "by this kernel a tap takes batches");
+        let socket = UdpSocket::bind((HOST, 0)).unwrap();
+        let port = socket.local_addr().unwrap().port();
+        let mac = tap.interface().mac().unwrap();
+        let mut packets: Vec<Vec<u8>> = (0..20)
+            .map(|n| packet_from_guest(mac, port, format!("packet {n}").as_bytes()))
+            .collect();
+        // What is no packet does not harm those after it.
+        packets[7] = vec![0xff; 40];
+        let mut batch = SendBatch::new().unwrap();
+        for _ in 0..3 {
+            let pieces: Vec<[libc::iovec; 2]> = packets
+                .iter_mut()
+                .map(|packet| {
+                    let (header, rest) = packet.split_at_mut(VNET_HEADER_LEN);
+                    [header, rest].map(|piece| libc::iovec {
+                        iov_base: piece.as_mut_ptr().cast(),
+                        iov_len: piece.len(),
+                    })
+                })
+                .collect();
+            let mut sent = Vec::new();
+            let all = pieces.iter().map(|packet| &packet[..]);
+            // SAFETY: the pieces are of `packets`, which are not used until the call returns.
+            unsafe { batch.write_packets(queue.as_raw_fd(), all, |result| sent.push(result)) }
+                .unwrap();
+            assert_eq!(sent.len(), 20);
+            for (n, (packet, result)) in packets.iter().zip(sent).enumerate() {
+                match n {
+                    7 => assert!(result.is_err()),
+                    _ => assert_eq!(result.unwrap(), packet.len()),
+                }
+            }
+            let mut buffer = [0; 100];
+            for n in (0..20).filter(|n| *n != 7) {
+                let len = socket.recv(&mut buffer).unwrap();
+                assert_eq!(&buffer[..len], format!("packet {n}").as_bytes());
+            }
+        }
+
+        // With a limit to what waits in the kernel, a packet may have to wait.
+        let limit: libc::c_int = 100_000;
+        // SAFETY: TUNSETSNDBUF reads one int.
+        let set = unsafe { libc::ioctl(queue.as_raw_fd(), libc::TUNSETSNDBUF, &limit) };
+        assert_eq!(set, 0, "{}", io::Error::last_os_error());
+        assert!(!queue.takes_batches());
     });
 }
 

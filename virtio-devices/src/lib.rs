@@ -58,12 +58,14 @@ mod balloon;
 mod block;
 mod console;
 mod discard;
+mod mem;
 mod net;
 mod pieces;
 mod pmem;
 mod rng;
 pub mod transport;
 mod vsock;
+mod watchdog;
 
 pub use balloon::{
     Balloon, BalloonConfig, BalloonControl, BalloonError, BalloonStatistics, BalloonV1,
@@ -71,7 +73,9 @@ pub use balloon::{
 pub use block::{Block, BlockConfig, BlockControl, BlockError, BlockV1, SERIAL_LEN};
 pub use console::{Console, ConsoleError, ConsoleHandle, ConsoleInput, ConsoleV1};
 pub use discard::{DiscardError, DiscardRam};
-pub use net::{Net, NetConfig, NetControl, NetError, NetV1, PacketQueue};
+pub use mem::{MEM_BLOCK, Mem, MemConfig, MemControl, MemError, MemV1};
+pub use net::{NET_OFFLOADS, Net, NetConfig, NetControl, NetError, NetV1, PacketQueue};
 pub use pmem::{Pmem, PmemConfig};
 pub use rng::{Rng, RngError};
 pub use vsock::{MOST_VSOCK_STREAMS, Vsock, VsockError, VsockListener, VsockV1};
+pub use watchdog::Watchdog;

@@ -41,6 +41,11 @@ impl Pieces {
         self.0.drain(..count.min(self.0.len()));
     }
 
+    /// Keeps the first `count` alone.
+    pub fn truncate(&mut self, count: usize) {
+        self.0.truncate(count);
+    }
+
     pub fn clear(&mut self) {
         self.0.clear();
     }

@@ -27,6 +27,12 @@ pub trait PacketQueue: AsRawFd + Send + Sync {
     /// Until this returns the memory of each piece stays mapped and readable, and no `&mut` to it is used.
     unsafe fn write_packet(&self, pieces: &[libc::iovec]) -> io::Result<usize>;
 
+    /// Whether a [`SendBatch`](net_util::SendBatch) may send through its descriptor, many packets in one system call. No packet ever
+    /// waits for room then.
+    fn takes_batches(&self) -> bool {
+        false
+    }
+
     /// What the reader can do by itself with packets to come.
     ///
     /// # Errors
@@ -50,6 +56,10 @@ impl PacketQueue for TapQueue {
     unsafe fn write_packet(&self, pieces: &[libc::iovec]) -> io::Result<usize> {
         // SAFETY: the same is asked of the caller.
         unsafe { TapQueue::write_packet(self, pieces) }
+    }
+
+    fn takes_batches(&self) -> bool {
+        TapQueue::takes_batches(self)
     }
 
     fn set_offloads(&self, offloads: Offloads) -> io::Result<()> {

@@ -18,6 +18,7 @@ mod transmit;
 use std::io;
 use std::sync::Arc;
 
+use block_util::{RateLimiter, RateLimiterConfig, RateLimiterError};
 use net_util::{MacAddr, Offloads, Tap};
 use thiserror::Error;
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
@@ -31,7 +32,7 @@ pub use state::NetV1;
 
 use config::{Facts, MQ, OFFLOADS};
 use pair::Pair;
-use shared::Shared;
+use shared::{Limits, Shared};
 
 /// Entries of the control queue.
 const CONTROL_SIZE: u16 = 64;
@@ -53,7 +54,14 @@ pub struct NetConfig {
     pub queue_pairs: u16,
     /// The most entries of each queue for packets, a power of two from 2 to 32768.
     pub queue_size: u16,
+    /// What host and driver may leave to each other, as far as the host's end can.
+    pub offloads: Offloads,
+    /// How much may come to the driver, and as much may go out: packets, and bytes of packets with their headers.
+    pub limit: RateLimiterConfig,
 }
+
+/// All offloads that a network device can have.
+pub const NET_OFFLOADS: Offloads = OFFLOADS;
 
 /// Why a network device cannot be offered.
 #[derive(Debug, Error)]
@@ -102,6 +110,15 @@ pub enum NetError {
         /// As given.
         mtu: u16,
     },
+    /// It cannot be limited.
+    #[error("limiting the rate of network device {id:?}")]
+    Limit {
+        /// Of the device.
+        id: String,
+        /// Why not.
+        #[source]
+        source: RateLimiterError,
+    },
     /// The kernel gave no eventfd.
     #[error("creating the events of network device {id:?}")]
     Event {
@@ -142,6 +159,8 @@ impl NetControl {
 ///     mtu: None,
 ///     queue_pairs: 2,
 ///     queue_size: 256,
+///     offloads: virtio_devices::NET_OFFLOADS,
+///     limit: Default::default(),
 /// };
 /// let net = Net::<Arc<GuestMemoryMmap>>::new(config, tap)?;
 /// # Ok(()) }
@@ -183,6 +202,8 @@ impl<M: DeviceMemory> Net<M> {
             mtu,
             queue_pairs: pairs,
             queue_size: size,
+            offloads: wanted,
+            limit,
         } = config;
         if !(1..=MAX_PAIRS).contains(&pairs) {
             return Err(NetError::Pairs { id, pairs });
@@ -200,12 +221,26 @@ impl<M: DeviceMemory> Net<M> {
         if let Some(mtu) = mtu.filter(|mtu| *mtu < MIN_MTU) {
             return Err(NetError::Mtu { id, mtu });
         }
+        let limiter = || {
+            let is_one = limit != RateLimiterConfig::default();
+            is_one
+                .then(|| RateLimiter::new(&limit).map(Arc::new))
+                .transpose()
+                .map_err(|source| NetError::Limit {
+                    id: id.clone(),
+                    source,
+                })
+        };
+        let limits = Limits {
+            receive: limiter()?,
+            transmit: limiter()?,
+        };
         let facts = Facts {
-            offloads,
+            offloads: offloads & wanted,
             mtu,
             pairs,
         };
-        let shared = Shared::new(id.clone(), facts, mac, ends)
+        let shared = Shared::new(id.clone(), facts, mac, limits, ends)
             .map_err(|source| NetError::Event { id, source })?;
         let mut queue_sizes = vec![size; 2 * usize::from(pairs)];
         queue_sizes.push(CONTROL_SIZE);
@@ -263,7 +298,8 @@ impl<M: DeviceMemory> Net<M> {
                 features,
                 shared.clone(),
                 waiting.map(|(_, packet)| &packet[..]),
-            );
+            )
+            .map_err(|e| DeviceError::Device("its limits", Box::new(e)))?;
             let worker = Worker::start(&name, vec![pair], interrupt.clone(), &spawn)?;
             self.workers.push(worker);
         }

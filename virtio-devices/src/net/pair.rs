@@ -1,7 +1,9 @@
 //! A pair of queues on its worker, the control queue with the first of them, and the host's end of the pair.
 
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
+use block_util::{LimiterTimer, RateLimiter, RateLimiterError};
 use log::debug;
 use vm_virtio::{
     Context, DeviceMemory, DeviceQueue, EventSet, Fault, QueueError, QueueHandler, Source,
@@ -23,6 +25,10 @@ const CONTROL: usize = 2;
 const END: u32 = 0;
 /// Token of the event that pairs come into use, or go out of it.
 const CHANGED: u32 = 1;
+/// Token of the timer that lets packets come again.
+const RECEIVE_LIMIT: u32 = 2;
+/// Token of the timer that lets packets go again.
+const TRANSMIT_LIMIT: u32 = 3;
 
 /// Serves a pair of queues.
 pub(super) struct Pair<M> {
@@ -50,18 +56,22 @@ impl<M: DeviceMemory> Pair<M> {
         features: u64,
         shared: Arc<Shared>,
         waiting: Option<&[u8]>,
-    ) -> Self {
-        Self {
+    ) -> Result<Self, RateLimiterError> {
+        let timer =
+            |limiter: &Option<Arc<RateLimiter>>| limiter.clone().map(LimiterTimer::new).transpose();
+        let receive = timer(&shared.limits.receive)?;
+        let transmit = timer(&shared.limits.transmit)?;
+        Ok(Self {
             number,
             queues,
             memory,
             features,
-            receiver: Receiver::new(&shared.facts, features, waiting),
-            transmitter: Transmitter::default(),
+            receiver: Receiver::new(&shared.facts, features, waiting, receive),
+            transmitter: Transmitter::new(shared.end(number), transmit),
             shared,
             receiving: false,
             watched: EventSet::empty(),
-        }
+        })
     }
 
     /// A packet that waits for buffers, and the pair's number.
@@ -94,7 +104,7 @@ impl<M: DeviceMemory> Pair<M> {
                     }
                     true
                 }
-                Progress::Starved | Progress::Failed => false,
+                Progress::Starved | Progress::Limited | Progress::Failed => false,
             };
         }
         Ok(())
@@ -161,9 +171,18 @@ impl<M: DeviceMemory> QueueHandler for Pair<M> {
     }
 
     fn sources(&self) -> Vec<Source> {
+        let timer = |limit: Option<&LimiterTimer>, token| {
+            limit.map(|timer| Source {
+                fd: timer.as_raw_fd(),
+                events: EventSet::IN,
+                token,
+            })
+        };
         self.shared
             .change(self.number, CHANGED)
             .into_iter()
+            .chain(timer(self.receiver.limit(), RECEIVE_LIMIT))
+            .chain(timer(self.transmitter.limit(), TRANSMIT_LIMIT))
             .collect()
     }
 
@@ -182,16 +201,25 @@ impl<M: DeviceMemory> QueueHandler for Pair<M> {
         events: EventSet,
         context: &mut Context<'_>,
     ) -> Result<(), QueueError> {
-        if token == CHANGED {
-            self.shared.clear_change(self.number);
+        let (receive_timer, transmit_timer) = (token == RECEIVE_LIMIT, token == TRANSMIT_LIMIT);
+        match token {
+            CHANGED => self.shared.clear_change(self.number),
+            RECEIVE_LIMIT => self.receiver.limit_passed(),
+            TRANSMIT_LIMIT => self.transmitter.limit_passed(),
+            _ => {}
         }
         let failed = events.intersects(EventSet::ERROR | EventSet::HANG_UP);
         let mut served = Ok(());
-        if token == CHANGED || failed || events.contains(EventSet::IN) {
+        if !transmit_timer && (receive_timer || failed || events.contains(EventSet::IN)) {
+            let events = if receive_timer {
+                EventSet::empty()
+            } else {
+                events
+            };
             served = self.receive(events, context);
         }
-        if failed || events.contains(EventSet::OUT) {
-            self.transmitter.blocked = false;
+        if transmit_timer || failed || events.contains(EventSet::OUT) {
+            self.transmitter.blocked &= transmit_timer;
             served = served.and(self.transmit(context));
         }
         if served.is_err() && token == END {

@@ -13,6 +13,7 @@
 use std::collections::VecDeque;
 use std::io::ErrorKind;
 
+use block_util::LimiterTimer;
 use log::debug;
 use net_util::{MAX_PACKET_LEN, VNET_HEADER_LEN};
 use vm_memory::GuestMemory;
@@ -44,6 +45,8 @@ pub(super) enum Progress {
     TurnOver,
     /// The driver gives no buffers; it will notify of new ones.
     Starved,
+    /// As many came as are allowed; a timer tells when more are.
+    Limited,
     /// The host's end has failed.
     Failed,
 }
@@ -80,11 +83,17 @@ pub(super) struct Receiver {
     waiting: Option<usize>,
     /// The driver may think that notifications are wanted.
     notified: bool,
+    limit: Option<LimiterTimer>,
 }
 
 impl Receiver {
     /// `waiting` is a packet that waited for buffers when the device was stopped.
-    pub fn new(facts: &Facts, features: u64, waiting: Option<&[u8]>) -> Self {
+    pub fn new(
+        facts: &Facts,
+        features: u64,
+        waiting: Option<&[u8]>,
+        limit: Option<LimiterTimer>,
+    ) -> Self {
         let mut aside = vec![0; MAX_PACKET_LEN];
         for (to, from) in aside.iter_mut().zip(waiting.unwrap_or_default()) {
             *to = *from;
@@ -103,6 +112,19 @@ impl Receiver {
             aside: aside.into(),
             waiting: waiting.map(<[u8]>::len),
             notified: true,
+            limit,
+        }
+    }
+
+    /// What tells that the limit allows more.
+    pub fn limit(&self) -> Option<&LimiterTimer> {
+        self.limit.as_ref()
+    }
+
+    /// It told.
+    pub fn limit_passed(&mut self) {
+        if let Some(Err(error)) = self.limit.as_mut().map(LimiterTimer::on_timer) {
+            debug!("the timer of a rate limiter: {error}");
         }
     }
 
@@ -146,6 +168,9 @@ impl Receiver {
             .clamp(LEAST_ROOM.min(self.longest), self.longest);
         self.seen = 0;
         for _ in 0..TURN {
+            if self.limit.as_ref().is_some_and(LimiterTimer::is_waiting) {
+                return Ok(Progress::Limited);
+            }
             let wanted = self.waiting.unwrap_or(self.expected);
             self.gather(queue, memory, wanted)?;
             let enough = match self.waiting {
@@ -298,6 +323,12 @@ impl Receiver {
         memory: &M,
         len: usize,
     ) -> Result<(), QueueError> {
+        if let Some(limit) = &mut self.limit {
+            limit.charge(len as u64).map_err(|error| {
+                debug!("the timer of a rate limiter: {error}");
+                queue.error(Fault::Request("the timer of the limit cannot be set"))
+            })?;
+        }
         self.seen = self.seen.max(len);
         self.used.clear();
         let mut left = len;

@@ -5,6 +5,7 @@ use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use block_util::RateLimiter;
 use net_util::{MacAddr, Offloads};
 use vm_migration::MigrationError;
 use vm_virtio::{EventSet, Source, VirtioInterrupt};
@@ -19,6 +20,7 @@ pub(super) struct Shared {
     pub facts: Facts,
     /// The address that the device has after a reset.
     mac: MacAddr,
+    pub limits: Limits,
     /// Of each pair, the host's end.
     ends: Vec<Box<dyn PacketQueue>>,
     /// For each pair, there is an event when it comes into use, or goes out of it.
@@ -26,6 +28,13 @@ pub(super) struct Shared {
     /// How many pairs are in use, the first ones.
     pairs: AtomicU16,
     driver: Mutex<Driver>,
+}
+
+/// What the packets of all pairs together may be.
+#[derive(Default)]
+pub(super) struct Limits {
+    pub receive: Option<Arc<RateLimiter>>,
+    pub transmit: Option<Arc<RateLimiter>>,
 }
 
 /// What the driver chose, and whom to tell of changes.
@@ -49,6 +58,7 @@ impl Shared {
         id: String,
         facts: Facts,
         mac: MacAddr,
+        limits: Limits,
         ends: Vec<Box<dyn PacketQueue>>,
     ) -> io::Result<Self> {
         let changes = ends
@@ -68,6 +78,7 @@ impl Shared {
             id,
             facts,
             mac,
+            limits,
             ends,
             changes,
             pairs: AtomicU16::new(1),

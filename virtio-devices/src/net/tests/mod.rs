@@ -6,6 +6,7 @@ mod wire;
 
 use std::sync::Mutex;
 
+use block_util::BucketConfig;
 use net_util::VNET_HEADER_LEN;
 use vm_virtio::RegistersV1;
 use vm_virtio::feature::VERSION_1;
@@ -27,6 +28,8 @@ fn config(pairs: u16, size: u16) -> NetConfig {
         mtu: Some(1500),
         queue_pairs: pairs,
         queue_size: size,
+        offloads: OFFLOADS,
+        limit: RateLimiterConfig::default(),
     }
 }
 
@@ -407,6 +410,113 @@ fn more_packets_than_a_turn_are_sent_without_another_notification() {
     for n in 0..200 {
         guest.wait_used(TRANSMIT);
         assert_eq!(wire.receive(), packet(60, n));
+    }
+}
+
+#[test]
+fn packets_of_a_batch_go_out_in_order() {
+    let wire = Wire::new();
+    let mut guest = Guest::new(Box::new(device(vec![wire.batch_end()], 256)));
+    guest.start(u64::MAX);
+    guest.core.pause().unwrap();
+    for n in 0..100 {
+        guest.offer(TRANSMIT, &readable(packet(60 + n as usize, n)));
+        if n % 40 == 7 {
+            // Dropped, alone.
+            guest.offer(TRANSMIT, &readable(packet(65_566, n)));
+        }
+    }
+    guest.core.resume().unwrap();
+    for n in 0..100 {
+        assert_eq!(wire.receive(), packet(60 + n as usize, n));
+    }
+    for _ in 0..103 {
+        guest.wait_used(TRANSMIT);
+    }
+    assert_eq!(wire.try_receive(), None);
+}
+
+#[test]
+fn packets_of_a_batch_before_a_fault_are_sent() {
+    let wire = Wire::new();
+    let mut guest = Guest::new(Box::new(device(vec![wire.batch_end()], 256)));
+    guest.start(u64::MAX);
+    for n in 0..5 {
+        guest.offer(TRANSMIT, &readable(packet(60, n)));
+    }
+    guest.offer(TRANSMIT, &readable(vec![0; VNET_HEADER_LEN - 1]));
+    guest.kick(TRANSMIT);
+    guest.wait_needs_reset();
+    for n in 0..5 {
+        assert_eq!(wire.receive(), packet(60, n));
+    }
+    assert_eq!(wire.try_receive(), None);
+}
+
+#[test]
+fn no_more_packets_move_than_the_limit_allows() {
+    let wire = Wire::new();
+    let operations = BucketConfig {
+        size: 5,
+        one_time_burst: 2,
+        refill: std::time::Duration::from_secs(100_000),
+    };
+    let config = NetConfig {
+        limit: RateLimiterConfig {
+            bandwidth: None,
+            operations: Some(operations),
+        },
+        ..config(1, 256)
+    };
+    let net = Net::with_queues(config, OFFLOADS, vec![wire.batch_end()]).unwrap();
+    let mut guest = Guest::new(Box::new(net));
+    guest.start(u64::MAX);
+    for n in 0..20 {
+        guest.offer(TRANSMIT, &readable(packet(60, n)));
+        guest.offer(RECEIVE, &room(100));
+        wire.send(&packet(60, n));
+    }
+    guest.kick(TRANSMIT);
+    guest.kick(RECEIVE);
+    for n in 0..7 {
+        assert_eq!(wire.receive(), packet(60, n));
+        assert_eq!(receive(&mut guest), (1, packet(60, n)));
+    }
+    // Whatever the worker was at is done.
+    guest.core.pause().unwrap();
+    assert_eq!(wire.try_receive(), None);
+    assert_eq!(indexes(&guest), (7, 7));
+    assert_eq!(guest.queues[usize::from(TRANSMIT)].used_index(), 7);
+}
+
+#[test]
+fn a_limit_lets_packets_go_on_in_time() {
+    let wire = Wire::new();
+    let bandwidth = BucketConfig {
+        size: 1000,
+        one_time_burst: 0,
+        refill: std::time::Duration::from_millis(10),
+    };
+    let config = NetConfig {
+        limit: RateLimiterConfig {
+            bandwidth: Some(bandwidth),
+            operations: None,
+        },
+        ..config(1, 256)
+    };
+    let net = Net::with_queues(config, OFFLOADS, vec![wire.end()]).unwrap();
+    let mut guest = Guest::new(Box::new(net));
+    guest.start(u64::MAX);
+    for n in 0..10 {
+        guest.offer(TRANSMIT, &readable(packet(700, n)));
+        guest.offer(RECEIVE, &room(1000));
+        wire.send(&packet(700, n));
+    }
+    guest.kick(TRANSMIT);
+    guest.kick(RECEIVE);
+    for n in 0..10 {
+        assert_eq!(wire.receive(), packet(700, n));
+        assert_eq!(receive(&mut guest), (1, packet(700, n)));
     }
 }
 

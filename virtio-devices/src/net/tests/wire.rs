@@ -23,6 +23,7 @@ pub struct Told {
 /// An end, as a device has it.
 struct End {
     fd: OwnedFd,
+    batches: bool,
     told: Arc<Mutex<Told>>,
 }
 
@@ -57,8 +58,18 @@ impl Wire {
 
     /// The end for a device. Several devices may have it, one after the other.
     pub fn end(&self) -> Box<dyn PacketQueue> {
+        self.end_with(false)
+    }
+
+    /// One to which packets may go in batches.
+    pub fn batch_end(&self) -> Box<dyn PacketQueue> {
+        self.end_with(true)
+    }
+
+    fn end_with(&self, batches: bool) -> Box<dyn PacketQueue> {
         Box::new(End {
             fd: self.theirs.try_clone().unwrap(),
+            batches,
             told: self.told.clone(),
         })
     }
@@ -155,6 +166,10 @@ impl PacketQueue for End {
         let count = i32::try_from(pieces.len()).unwrap();
         // SAFETY: the pieces are good by the caller's word.
         checked(unsafe { libc::writev(self.as_raw_fd(), pieces.as_ptr(), count) })
+    }
+
+    fn takes_batches(&self) -> bool {
+        self.batches
     }
 
     fn set_offloads(&self, offloads: Offloads) -> io::Result<()> {

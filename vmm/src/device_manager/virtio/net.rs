@@ -25,6 +25,8 @@ fn network(id: &str, config: &NetConfig) -> Result<Net<Memory>, DeviceError> {
         mtu: config.mtu,
         queue_pairs: config.num_queues / 2,
         queue_size: config.queue_size,
+        offloads: virtio_devices::NET_OFFLOADS,
+        limit: block_util::RateLimiterConfig::default(),
     };
     Net::new(net, tap).map_err(DeviceError::option(OPTION))
 }
