@@ -78,6 +78,10 @@ pub struct Args {
     #[argh(switch)]
     pub pvpanic: bool,
 
+    /// a device to which the guest gives signs of life; 15 s without one, and the VM starts anew
+    #[argh(switch)]
+    pub watchdog: bool,
+
     /// COM1: off, null (default), tty, or file=PATH
     #[argh(option, arg_name = "mode", default = "\"null\".into()")]
     pub serial: String,
@@ -85,6 +89,11 @@ pub struct Args {
     /// virtio console: off, null, tty, or file=PATH (tty, unless --serial is; then off)
     #[argh(option, arg_name = "mode")]
     pub console: Option<String>,
+
+    /// UNIX socket of the API: a path, or fd=N of an inherited one (/run/user/UID/cloud-hypervisor.PID, as
+    /// root /run/cloud-hypervisor.PID); without --kernel the VMM waits there for a VM
+    #[argh(option, arg_name = "path")]
+    pub api_socket: Option<String>,
 
     /// system call filters: false (they are not built yet)
     #[argh(option, arg_name = "mode", default = "\"false\".into()")]
@@ -116,7 +125,6 @@ pub enum Parsed {
 
 /// Options of the surface whose devices or services come later.
 const NOT_BUILT: &[&str] = &[
-    "api-socket",
     "debug-console",
     "device",
     "event-monitor",
@@ -134,7 +142,6 @@ const NOT_BUILT: &[&str] = &[
     "tpm",
     "user-device",
     "vdpa",
-    "watchdog",
 ];
 
 /// Reads the words after the program's name.
@@ -202,7 +209,7 @@ fn repeat_lists(words: &[String]) -> Vec<String> {
                     out.extend([word.clone(), value.clone()]);
                 }
             }
-            "--rng" | "--cpus" | "--memory" | "--balloon" => {
+            "--api-socket" | "--rng" | "--cpus" | "--memory" | "--balloon" => {
                 out.push(
                     words
                         .next_if(|w| !is_option(w))
@@ -217,6 +224,22 @@ fn repeat_lists(words: &[String]) -> Vec<String> {
 }
 
 impl Args {
+    /// The VM to boot; none where one comes through the API.
+    pub fn vm(&self) -> Result<Option<VmConfig>> {
+        let config = self.vm_config()?;
+        if self.kernel.is_some() || self.api_socket.is_none() {
+            config.validate()?;
+            return Ok(Some(config));
+        }
+        // Whoever describes a machine wants it started.
+        if config != VmConfig::default() || self.initramfs.is_some() || self.cmdline.is_some() {
+            anyhow::bail!(
+                "--kernel is missing; without it a VM comes through the API alone, with its options"
+            );
+        }
+        Ok(None)
+    }
+
     /// The VM that the options describe.
     pub fn vm_config(&self) -> Result<VmConfig> {
         if self.seccomp != "false" {
@@ -248,6 +271,7 @@ impl Args {
                 .collect::<Result<_, _>>()?,
             rng: RngConfig::parse(&self.rng)?,
             pvpanic: self.pvpanic,
+            watchdog: self.watchdog,
             vsock: match &self.vsock {
                 None => None,
                 Some(text) => Some(VsockConfig::parse(text)?),
@@ -332,6 +356,22 @@ mod tests {
         assert_eq!(config.net, [NetConfig::default(), NetConfig::default()]);
         assert_eq!(config.rng, RngConfig::default());
         assert_eq!(config.cpus, CpusConfig::default());
+    }
+
+    #[test]
+    fn without_a_kernel_a_vm_comes_through_the_api() {
+        let vm = |line| match parse(&words(line)) {
+            Parsed::Run(args) => args.vm(),
+            other => panic!("{line}: {other:?}"),
+        };
+        for line in ["--api-socket", "--api-socket /s", "--api-socket=fd=3 -v"] {
+            assert_eq!(vm(line).unwrap(), None, "{line}");
+        }
+        assert!(vm("--api-socket /s --kernel k").unwrap().is_some());
+        for line in ["-v", "--api-socket /s --disk path=a", "--api-socket --cmdline x"] {
+            let error = vm(line).unwrap_err().to_string();
+            assert!(error.starts_with("--kernel"), "{error}");
+        }
     }
 
     #[test]

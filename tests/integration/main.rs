@@ -14,3 +14,4 @@ mod pvpanic;
 mod support;
 mod terminal;
 mod vsock;
+mod watchdog;

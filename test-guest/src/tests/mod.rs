@@ -13,12 +13,14 @@ mod smp;
 mod virtio_blk;
 mod virtio_data;
 mod virtio_hostile;
+mod virtio_mmio;
 mod virtio_net;
 mod virtio_pmem;
 mod virtio_reset;
 mod virtio_rng;
 mod virtio_transport;
 mod virtio_vsock;
+mod virtio_watchdog;
 
 use crate::bench;
 use crate::cpu::cpl3;
@@ -63,7 +65,11 @@ const TESTS: &[Test] = &[
     ("virtio_vsock_bulk", virtio_vsock::bulk),
     ("virtio_pmem", virtio_pmem::pmem),
     ("virtio_pmem_dma", virtio_pmem::dma),
+    ("virtio_watchdog", virtio_watchdog::watchdog),
+    ("virtio_watchdog_silence", virtio_watchdog::silence),
     ("virtio_net", virtio_net::net),
+    ("virtio_mmio_rng", virtio_mmio::rng),
+    ("virtio_mmio_blk", virtio_mmio::blk),
     ("bench_blk", bench::blk::run),
     ("bench_rng", bench::rng::run),
     ("bench_net_tx", bench::net::transmit),

@@ -111,6 +111,8 @@ pub struct VmConfig {
     pub vsock: Option<VsockConfig>,
     /// The guest can tell that it panicked.
     pub pvpanic: bool,
+    /// The VM starts anew when the guest hangs.
+    pub watchdog: bool,
 }
 
 impl VmConfig {
@@ -211,6 +213,7 @@ mod tests {
             balloon: Some(BalloonConfig::parse("size=64M").unwrap()),
             vsock: Some(VsockConfig::parse("cid=3,socket=/v").unwrap()),
             pvpanic: true,
+            watchdog: true,
         };
         let text = serde_json::to_string(&config).unwrap();
         assert_eq!(serde_json::from_str::<VmConfig>(&text).unwrap(), config);

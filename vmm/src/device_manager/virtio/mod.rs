@@ -9,6 +9,7 @@ mod net;
 mod pmem;
 mod rng;
 mod vsock;
+mod watchdog;
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -101,6 +102,7 @@ impl<'a> VirtioHost<'a> {
         rng::add(self, config)?;
         let console = console::add(self, config, outputs.console.clone())?;
         vsock::add(self, config, outputs.vsock.as_ref())?;
+        watchdog::add(self, config)?;
         Ok(Handles {
             console,
             balloon: balloon::add(self, config, self.ram.ram().clone())?,
