@@ -10,7 +10,7 @@ use std::process::{Command, Output};
 
 use arch::acpi::{
     AcpiConfig, AddressRange, Cpu, Ged, MemoryHotplug, PCI_SLOTS, PciHost, PciSegment, Serial,
-    build,
+    VirtioMmio, build,
 };
 
 fn iasl(directory: &Path, arguments: &[&str]) -> Output {
@@ -137,6 +137,18 @@ fn machines_with_hotplug_compile() {
             &with_hotplug(machine(boot, max)),
         );
     }
+}
+
+#[test]
+fn devices_on_no_bus_compile() {
+    let mut config = with_ged(machine(1, 1));
+    config.virtio_mmio = (0..19)
+        .map(|number| VirtioMmio {
+            address: 0xe7f8_0000 + 0x1000 * number,
+            gsi: 5 + number,
+        })
+        .collect();
+    check("virtio-mmio", &config);
 }
 
 #[test]

@@ -96,6 +96,8 @@ pub struct AcpiConfig {
     pub serial: Option<Serial>,
     /// The PCI buses.
     pub pci: Option<PciHost>,
+    /// Virtio devices that are on no bus.
+    pub virtio_mmio: Vec<VirtioMmio>,
 }
 
 /// One CPU.
@@ -132,6 +134,15 @@ pub struct Serial {
     pub port: u16,
     /// Its interrupt, edge triggered, active high.
     pub irq: u8,
+}
+
+/// A virtio device on memory-mapped registers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VirtioMmio {
+    /// Guest-physical address of its page of registers.
+    pub address: u32,
+    /// Its interrupt, edge triggered, active high.
+    pub gsi: u32,
 }
 
 /// The PCI buses of the machine.

@@ -29,7 +29,7 @@ use acpi_tables::rsdp::Rsdp;
 use acpi_tables::xsdt::XSDT;
 pub use config::{
     AcpiConfig, AddressRange, Cpu, Error, Ged, MAX_CPUS, MAX_MEMORY_SLOTS, MemoryHotplug,
-    PCI_SLOTS, PciHost, PciSegment, Serial,
+    PCI_SLOTS, PciHost, PciSegment, Serial, VirtioMmio,
 };
 
 /// Guest-physical address of the RSDP; the other tables follow it.

@@ -62,6 +62,10 @@ fn full(boot: u32, max: u32) -> AcpiConfig {
             segments: vec![segment()],
             hotplug: Some(0xe000_0040),
         }),
+        virtio_mmio: vec![VirtioMmio {
+            address: 0xe001_0000,
+            gsi: 17,
+        }],
     }
 }
 
@@ -210,7 +214,8 @@ fn dsdt_holds_what_is_configured_and_no_more() {
     let all = build(&full(1, 2)).unwrap();
     let all = all.table(b"DSDT").unwrap();
     for name in [
-        "COM1", "GEC0", "PWRB", "MHPC", "PCI0", "PHPR", "CSCN", "MSCN", "PSCN", "MBRD",
+        "COM1", "GEC0", "PWRB", "MHPC", "PCI0", "PHPR", "CSCN", "MSCN", "PSCN", "MBRD", "V000",
+        "LNRO0005",
     ] {
         assert!(contains(all, name.as_bytes()), "{name} is missing");
         assert!(!contains(plain, name.as_bytes()), "{name} is there");
@@ -221,6 +226,11 @@ fn dsdt_holds_what_is_configured_and_no_more() {
     assert!(contains(
         all,
         b"\x47\x01\xf8\x03\xf8\x03\x01\x08\x89\x06\x00\x03\x01\x04\0\0\0"
+    ));
+    // A page at 0xe0010000, which can be written, and GSI 17.
+    assert!(contains(
+        all,
+        b"\x86\x09\x00\x01\0\0\x01\xe0\0\x10\0\0\x89\x06\x00\x03\x01\x11\0\0\0"
     ));
 }
 

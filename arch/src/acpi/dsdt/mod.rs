@@ -7,6 +7,7 @@ mod pci;
 mod power;
 mod reserved;
 mod serial;
+mod virtio_mmio;
 
 use acpi_tables::sdt::Sdt;
 use acpi_tables::{Aml, AmlSink};
@@ -29,6 +30,9 @@ pub(super) fn build(config: &AcpiConfig) -> Vec<u8> {
     ];
     if let Some(serial) = config.serial {
         fragments.push(Box::new(serial::Com1(serial)));
+    }
+    for (number, place) in (0..).zip(config.virtio_mmio.iter().copied()) {
+        fragments.push(Box::new(virtio_mmio::VirtioDevice { number, place }));
     }
     if let Some(memory) = config.memory_hotplug {
         fragments.push(Box::new(memory::Memory(memory)));
