@@ -250,12 +250,11 @@ impl Machine {
     /// Waits for an answer by the interrupt, and acknowledges it.
     pub fn wait_answer(&mut self, queue: usize) -> Vec<u8> {
         let line = self.line.clone();
-        let answer = line.wait_for(|| {
+        line.wait_for(|| {
             // As a driver does: what comes after the acknowledgement has an edge of its own.
             self.set(0x64, self.get(0x60));
             self.take_answer(queue)
-        });
-        answer
+        })
     }
 
     /// Asks, waits for the answer.
