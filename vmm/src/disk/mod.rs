@@ -1,5 +1,7 @@
 //! From a `DiskConfig` to an open, locked disk of whatever format.
 
+#[cfg(test)]
+mod bench;
 mod qcow2;
 
 use std::fs::File;
@@ -7,6 +9,7 @@ use std::sync::Arc;
 
 use block_util::{DiskError, DiskFile, LockMode, RawDisk, RawOptions};
 use thiserror::Error;
+use vm_virtio::Spawn;
 
 use self::qcow2::QcowDisk;
 use crate::config::{DiskConfig, ImageType};
@@ -32,8 +35,12 @@ pub enum DiskSetupError {
 /// Opens and locks the disk of `config`: for writing alone, or for reading with others.
 ///
 /// An image whose type is not told is looked at. If it is raw then, the guest cannot make it look like another format, so that the
-/// next start does not take it for one.
-pub fn open(config: &DiskConfig) -> Result<Arc<dyn DiskFile>, DiskSetupError> {
+/// next start does not take it for one. `id` names the threads of a format that needs some.
+pub fn open(
+    config: &DiskConfig,
+    id: &str,
+    spawn: &Spawn,
+) -> Result<Arc<dyn DiskFile>, DiskSetupError> {
     let told = config.image_type;
     let image_type = match told {
         Some(told) => told,
@@ -52,7 +59,7 @@ pub fn open(config: &DiskConfig) -> Result<Arc<dyn DiskFile>, DiskSetupError> {
             Ok(Arc::new(disk))
         }
         // It locks before it reads.
-        ImageType::Qcow2 => Ok(Arc::new(QcowDisk::open(config)?)),
+        ImageType::Qcow2 => Ok(Arc::new(QcowDisk::open(config, id, spawn)?)),
     }
 }
 

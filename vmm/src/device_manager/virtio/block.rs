@@ -1,7 +1,10 @@
 //! `--disk`: block devices.
 
+use std::collections::BTreeMap;
+
 use block_util::Engine;
-use virtio_devices::{Block, BlockConfig, SERIAL_LEN};
+use virtio_devices::{Block, BlockConfig, BlockControl, SERIAL_LEN};
+use vm_virtio::Spawn;
 
 use super::{DeviceError, Memory, VirtioHost};
 use crate::config::{DiskConfig, VmConfig};
@@ -9,17 +12,25 @@ use crate::disk;
 
 const OPTION: &str = "--disk";
 
-pub(super) fn add(host: &VirtioHost<'_>, config: &VmConfig) -> Result<(), DeviceError> {
+/// Makes the disks, and gives what changes them, by id.
+pub(super) fn add(
+    host: &VirtioHost<'_>,
+    config: &VmConfig,
+) -> Result<BTreeMap<String, BlockControl>, DeviceError> {
+    let mut controls = BTreeMap::new();
     for (index, disk) in config.disks.iter().enumerate() {
         let id = disk.id.clone().unwrap_or_else(|| format!("_disk{index}"));
-        host.add(&id, Box::new(block(&id, disk)?))?;
+        let block = block(&id, disk, &host.spawn)?;
+        let control = block.control();
+        host.add(&id, Box::new(block))?;
+        controls.insert(id, control);
     }
-    Ok(())
+    Ok(controls)
 }
 
 /// A block device on the disk of `config`, which is opened and locked.
-fn block(id: &str, config: &DiskConfig) -> Result<Block<Memory>, DeviceError> {
-    let disk = disk::open(config).map_err(DeviceError::option(OPTION))?;
+fn block(id: &str, config: &DiskConfig, spawn: &Spawn) -> Result<Block<Memory>, DeviceError> {
+    let disk = disk::open(config, id, spawn).map_err(DeviceError::option(OPTION))?;
     let block = BlockConfig {
         id: id.to_owned(),
         queues: config.num_queues,
