@@ -1,0 +1,178 @@
+//! The turns: in each, all who take part in a benchmark are measured one after the other.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+
+use crate::args::Args;
+use crate::block::Images;
+use crate::clock;
+use crate::life;
+use crate::net::{Isolated, isolate};
+use crate::plan::{Benchmark, Entrant, Program, Work};
+use crate::progress::Progress;
+use crate::report::{Costs, Report, Row};
+use crate::stats::Summary;
+use crate::vmm::{Measured, Vmm, limits};
+
+/// A figure, and what it cost where a guest was measured.
+struct Sample {
+    value: f64,
+    measured: Option<Measured>,
+}
+
+impl Sample {
+    fn of(value: f64) -> Self {
+        Self {
+            value,
+            measured: None,
+        }
+    }
+
+    fn rate(measured: Measured) -> Self {
+        Self {
+            value: measured.rate(),
+            measured: Some(measured),
+        }
+    }
+}
+
+/// Where everything is.
+struct Runner<'a> {
+    args: &'a Args,
+    guest: PathBuf,
+    images: Images,
+    isolated: Option<Isolated>,
+    time: Duration,
+}
+
+/// Runs them all. What another VMM cannot do is a note in its row.
+///
+/// # Errors
+/// What the VMM that is measured, or a host program, cannot do.
+pub fn all(args: &Args, benchmarks: &[Benchmark]) -> Result<Report> {
+    let needs_network = |b: &Benchmark| b.entrants.iter().any(|e| matches!(e.work, Work::Net(_)));
+    let network = benchmarks.iter().any(needs_network);
+    let runner = Runner {
+        args,
+        guest: args.guest()?,
+        images: Images::new(args.dir.as_deref())?,
+        isolated: network.then(isolate).transpose()?,
+        time: Duration::from_millis(u64::from(args.time)),
+    };
+    let frequency = clock::frequency();
+    // One turn more than those that are timed counts what they cost.
+    let steps = benchmarks.iter().map(|b| b.entrants.len()).sum::<usize>();
+    let mut progress = Progress::new(steps * (args.runs as usize + 1));
+    let mut report = Report::new(args, frequency);
+    for benchmark in benchmarks {
+        let rows = runner.benchmark(benchmark, &mut progress);
+        report.add(benchmark, rows.with_context(|| benchmark.name.clone())?);
+    }
+    Ok(report)
+}
+
+impl Runner<'_> {
+    fn benchmark(&self, benchmark: &Benchmark, progress: &mut Progress) -> Result<Vec<Row>> {
+        let mut rows: Vec<Row> = benchmark.entrants.iter().map(Row::new).collect();
+        // The first turn also warms everything up: images are made, files are in the page cache.
+        for turn in 0..=self.args.runs {
+            for (entrant, row) in benchmark.entrants.iter().zip(&mut rows) {
+                progress.step(&format!(
+                    "{} {} turn {turn}",
+                    benchmark.full_name(entrant),
+                    entrant.program.name()
+                ));
+                if row.note.is_some() {
+                    continue;
+                }
+                let sample = self.measure(entrant, turn == 0);
+                match sample {
+                    Ok(sample) if turn == 0 => {
+                        row.costs = sample.measured.map(|measured| traced(&measured));
+                    }
+                    Ok(sample) => row.add(sample.value, sample.measured.map(|m| cpu(&m))),
+                    Err(error) if entrant.program == Program::Other => {
+                        row.note = Some(format!("{error:#}"));
+                    }
+                    Err(error) => return Err(error),
+                }
+            }
+        }
+        for row in &mut rows {
+            if let (Some(costs), Some(cpu)) = (&mut row.costs, Summary::of(&row.cpu)) {
+                costs.cpu_us = Some(cpu.median);
+            }
+        }
+        Ok(rows)
+    }
+
+    fn binary(&self, program: Program) -> Result<&Path> {
+        let path = match program {
+            Program::Host => None,
+            Program::Vmm => self.args.vmm.as_deref(),
+            Program::Other => self.args.other.as_deref(),
+        };
+        path.context("no binary for this")
+    }
+
+    fn measure(&self, entrant: &Entrant, tracing: bool) -> Result<Sample> {
+        let (program, time) = (entrant.program, self.time);
+        if program == Program::Host {
+            return match entrant.work {
+                Work::Block(job) => job.on_host(&self.images, time).map(Sample::of),
+                Work::Net(job) => {
+                    let isolated = self.isolated.context("no network namespace")?;
+                    job.on_host(isolated, time).map(Sample::of)
+                }
+                _ => anyhow::bail!("no host program does this"),
+            };
+        }
+        let (binary, guest) = (self.binary(program)?, &*self.guest);
+        match entrant.work {
+            Work::Block(job) => job
+                .in_guest(binary, guest, &self.images, program.name(), time, tracing)
+                .map(Sample::rate),
+            Work::Net(job) => {
+                let isolated = self.isolated.context("no network namespace")?;
+                let outcome = job.in_guest(isolated, binary, guest, time, tracing)?;
+                Ok(Sample {
+                    value: outcome.value,
+                    measured: outcome.measured,
+                })
+            }
+            Work::Entropy => {
+                let words = format!("test=bench_rng {}", limits(time));
+                let mut vmm = Vmm::start(binary, guest, &words, &[], tracing)?;
+                let mut measured = vmm.measured()?;
+                vmm.finish()?;
+                let rate = measured.rate();
+                // Its operations are bytes, its requests pages.
+                measured.operations /= 4096;
+                Ok(Sample {
+                    value: rate,
+                    measured: Some(measured),
+                })
+            }
+            Work::FirstByte => life::first_byte(binary, guest).map(Sample::of),
+            Work::Resident => life::resident(binary, guest).map(Sample::of),
+            Work::Size => life::size(binary).map(Sample::of),
+        }
+    }
+}
+
+fn traced(measured: &Measured) -> Costs {
+    let each = |count: u64| count as f64 / (measured.operations.max(1)) as f64;
+    Costs {
+        kicks: each(measured.kicks),
+        syscalls: measured.traced.syscalls.map(each),
+        exits: measured.traced.exits.map(each),
+        cpu_us: None,
+    }
+}
+
+/// Microseconds of processor time an operation, beside the vCPU.
+fn cpu(measured: &Measured) -> f64 {
+    measured.cpu as f64 / 1e3 / (measured.operations.max(1)) as f64
+}
