@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::support::{Ended, Kvm, Vmm, asset};
@@ -19,6 +20,8 @@ pub struct Linux {
     disk: Option<String>,
     /// In a network namespace of its own, with this value of `--net`.
     net: Option<&'static str>,
+    /// Another initramfs than the usual one.
+    initramfs: Option<PathBuf>,
     /// Further options with their values.
     options: Vec<(&'static str, String)>,
     /// The value of `--memory`, where it says more than the size.
@@ -38,6 +41,7 @@ impl Linux {
             patience: Duration::from_secs(400),
             disk: None,
             net: None,
+            initramfs: None,
             options: Vec::new(),
             memory_option: None,
             console: "ttyS0",
@@ -47,6 +51,12 @@ impl Linux {
     /// With this value of `--disk`.
     pub fn disk(mut self, disk: String) -> Self {
         self.disk = Some(disk);
+        self
+    }
+
+    /// With this initramfs instead of the usual one.
+    pub fn initramfs(mut self, path: impl Into<PathBuf>) -> Self {
+        self.initramfs = Some(path.into());
         self
     }
 
@@ -70,10 +80,12 @@ impl Linux {
             "hvc0" => "--console",
             _ => "--serial",
         };
+        let usual = || asset("initramfs.cpio");
+        let initramfs = self.initramfs.clone().unwrap_or_else(usual);
         let builder = Vmm::builder()
             .patience(self.patience)
             .option("--kernel", asset(self.kernel))
-            .option("--initramfs", asset("initramfs.cpio"))
+            .option("--initramfs", initramfs)
             .option("--cmdline", format!("{} {words}", cmdline.trim_end()))
             .option(terminal, "tty")
             .option("--cpus", format!("boot={}", self.cpus))

@@ -9,7 +9,8 @@ use std::time::Instant;
 
 use tempfile::TempDir;
 
-use crate::support::{BareMetal, Kvm, Vmm, report, test_guest};
+use crate::linux::Linux;
+use crate::support::{BareMetal, Kvm, Vmm, initramfs, report, test_guest};
 
 /// Where the sockets of a test are.
 struct Place(TempDir);
@@ -133,6 +134,91 @@ fn many_bytes_each_way() {
         .start();
     report::finish(vmm.wait(), &["virtio_vsock_bulk"]);
     server.join().unwrap();
+}
+
+/// The bytes that stream `id` of the Linux guest sends (`guest/vsock.rs`).
+fn pattern(id: u32, len: usize) -> Vec<u8> {
+    let byte = |n: u32| {
+        let mixed = n
+            .wrapping_mul(2_654_435_761)
+            .wrapping_add(id.wrapping_mul(40_503));
+        (mixed >> 13) as u8
+    };
+    (0..len as u32).map(byte).collect()
+}
+
+/// Takes the 64 streams: each sends its number and bytes, and gets others at the same time.
+fn many(listener: &UnixListener) {
+    const LEN: usize = 24 << 10;
+    let streams: Vec<_> = (0..64)
+        .map(|_| {
+            let mut stream = accept(listener);
+            thread::spawn(move || {
+                let mut id = [0; 4];
+                stream.read_exact(&mut id).unwrap();
+                let id = u32::from_le_bytes(id);
+                stream.write_all(&pattern(!id, LEN)).unwrap();
+                let mut got = vec![0; LEN];
+                stream.read_exact(&mut got).unwrap();
+                assert!(got == pattern(id, LEN), "stream {id} brought other bytes");
+                stream.write_all(b"+").unwrap();
+                // Until the guest closes.
+                let _ = stream.read(&mut [0]);
+                id
+            })
+        })
+        .collect();
+    let mut ids: Vec<u32> = streams.into_iter().map(|s| s.join().unwrap()).collect();
+    ids.sort_unstable();
+    assert!(ids.into_iter().eq(0..64));
+}
+
+#[test]
+fn linux_talks_with_programs_of_the_host() {
+    let Some(kvm) = Kvm::here() else { return };
+    let place = Place::new();
+    let initramfs = place.0.path().join("initramfs");
+    let program = initramfs::program("vsock", place.0.path());
+    initramfs::with_files(&initramfs, &[("tests/vsock", &program)]);
+    let [echoes, streams, halves, closing, stuck] =
+        [7000, 7001, 7002, 7003, 7004].map(|port| place.listen(port));
+    let server = thread::spawn(move || {
+        echo(accept(&echoes));
+        many(&streams);
+        let mut question = String::new();
+        let mut half = accept(&halves);
+        half.read_to_string(&mut question).unwrap();
+        half.write_all(format!("answer to {question}").as_bytes())
+            .unwrap();
+        drop(half);
+        drop(accept(&closing));
+        let sleeper = accept(&stuck);
+        echo(accept(&echoes));
+        sleeper
+    });
+    let mut vmm = Linux::new(kvm)
+        .initramfs(&initramfs)
+        .option("--vsock", place.option())
+        .start("ch.test=vsock");
+    for line in [
+        "echo",
+        "64 streams",
+        "halves",
+        "resets",
+        "stuck",
+        "listening",
+    ] {
+        vmm.wait_for(&format!("CH-VSOCK: {line}"));
+    }
+    let mut stream = place.connect(7100).expect("the guest listens");
+    let sent = pattern(7, 30_000);
+    stream.write_all(&sent).unwrap();
+    stream.shutdown(Shutdown::Write).unwrap();
+    let mut back = Vec::new();
+    stream.read_to_end(&mut back).unwrap();
+    assert!(back == sent, "{} bytes came back", back.len());
+    Linux::finish(vmm, "vsock");
+    drop(server.join().unwrap());
 }
 
 /// The VMM refuses with a line that has all of `wanted`.

@@ -2,6 +2,7 @@
 
 pub mod files;
 pub mod images;
+pub mod initramfs;
 pub mod process;
 pub mod pty;
 pub mod report;
