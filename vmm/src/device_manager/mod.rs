@@ -6,6 +6,7 @@ mod pci;
 mod pvpanic;
 mod virtio;
 
+use std::collections::BTreeMap;
 use std::io;
 use std::ops::RangeInclusive;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -17,7 +18,8 @@ use devices::ioapic::Ioapic;
 use devices::serial::Serial;
 use hypervisor::Vm;
 use thiserror::Error;
-use virtio_devices::BalloonControl;
+use virtio_devices::transport::pci::VirtioPciDevice;
+use virtio_devices::{BalloonControl, BlockControl, MemControl};
 use vm_allocator::{AddressAllocator, AllocatorError, IdAllocator};
 use vm_device::{Bus, BusDevice, BusError};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -89,6 +91,14 @@ pub enum DeviceError {
     },
 }
 
+/// RAM that the guest started with cannot be taken away.
+#[derive(Debug, Error)]
+#[error("{wanted} bytes are less than the {least} that the guest started with")]
+struct RamSizeError {
+    wanted: u64,
+    least: u64,
+}
+
 impl DeviceError {
     /// Names the option that asked for what failed.
     fn option<E: std::error::Error + Send + Sync + 'static>(
@@ -114,9 +124,15 @@ pub struct DeviceManager {
     serial: Option<Arc<Mutex<Serial>>>,
     serial_room: EventFd,
     ged: arch::acpi::Ged,
+    events: Arc<Mutex<Ged>>,
+    virtio: Vec<(u8, Arc<VirtioPciDevice<virtio::Memory>>)>,
+    disks: BTreeMap<String, BlockControl>,
     pci: Pci,
     console: Option<ConsoleEnds>,
     balloon: Option<BalloonControl>,
+    /// The device that adds RAM, and how much the guest starts with.
+    mem: Option<MemControl>,
+    boot_ram: u64,
     /// As they were, until the machine is sure to start.
     pmem_files: Vec<Before>,
     input: Input,
@@ -176,7 +192,7 @@ impl DeviceManager {
         }
         legacy::fixed(&ports, config.memory.size, events)?;
 
-        let ged = ged(&memory, &ioapic)?;
+        let (ged, ged_device) = ged(&memory, &ioapic)?;
         let pci = Pci::new(
             &ports,
             &memory,
@@ -197,9 +213,14 @@ impl DeviceManager {
             serial,
             serial_room,
             ged,
+            events: ged_device,
+            virtio: handles.devices,
+            disks: handles.disks,
             pci,
             console: handles.console,
             balloon: handles.balloon,
+            mem: handles.mem,
+            boot_ram: config.memory.size,
             pmem_files: handles.pmem,
             input: Input::of(config),
         })
@@ -246,9 +267,74 @@ impl DeviceManager {
         self.balloon.as_ref().map_or(0, BalloonControl::actual)
     }
 
+    /// The guest should have `bytes` of RAM in all: what it starts with, and a multiple of 2 MiB that is added. It takes its time.
+    ///
+    /// # Errors
+    /// [`DeviceError::Absent`] where RAM cannot be added, and [`DeviceError::Option`] where there cannot be so much, or so little.
+    pub fn resize_ram(&self, bytes: u64) -> Result<(), DeviceError> {
+        let Some(mem) = &self.mem else {
+            return Err(DeviceError::Absent(
+                "--memory hotplug_method=virtio-mem,hotplug_size=S",
+            ));
+        };
+        match bytes.checked_sub(self.boot_ram) {
+            Some(added) => mem.resize(added).map_err(DeviceError::option("--memory")),
+            None => Err(DeviceError::option("--memory")(RamSizeError {
+                wanted: bytes,
+                least: self.boot_ram,
+            })),
+        }
+    }
+
+    /// Bytes of RAM that the guest has: what it started with, and what it has plugged. Those in the balloon count too.
+    pub fn ram(&self) -> u64 {
+        let added = self.mem.as_ref().map_or(0, MemControl::plugged);
+        self.boot_ram.saturating_add(added)
+    }
+
     /// To look at the balloon with, if there is one.
     pub fn balloon(&self) -> Option<&BalloonControl> {
         self.balloon.as_ref()
+    }
+
+    /// Stops the workers of virtio devices. One that is lost makes its device want a reset, which is the driver's affair.
+    pub fn pause(&self) {
+        for (_, device) in &self.virtio {
+            if let Err(e) = device.pause() {
+                log::warn!("{}", crate::error_chain(&e));
+            }
+        }
+    }
+
+    /// Lets them work again, where their drivers had them working.
+    ///
+    /// # Errors
+    /// The first that cannot; the others do.
+    pub fn resume(&self) -> Result<(), DeviceError> {
+        let resumed = self.virtio.iter().map(|(_, device)| device.resume());
+        // All of them, and then the first error.
+        let failed = resumed.filter_map(Result::err).collect::<Vec<_>>();
+        failed.into_iter().next().map_or(Ok(()), |e| Err(e.into()))
+    }
+
+    /// Ids and PCI slots of virtio devices.
+    pub fn on_pci(&self) -> impl Iterator<Item = (&str, u8)> {
+        self.virtio
+            .iter()
+            .map(|(slot, device)| (device.id(), *slot))
+    }
+
+    /// What changes the disk `id`.
+    pub fn disk(&self, id: &str) -> Option<&BlockControl> {
+        self.disks.get(id)
+    }
+
+    /// Presses the power button of ACPI.
+    ///
+    /// # Errors
+    /// The interrupt's.
+    pub fn press_power_button(&self) -> io::Result<()> {
+        lock(&self.events).notify(arch::acpi::registers::ged::POWER_BUTTON)
     }
 
     /// Types `bytes` at the console that has the terminal; how many it took.
@@ -288,8 +374,8 @@ impl DeviceManager {
     }
 }
 
-fn lock(serial: &Mutex<Serial>) -> std::sync::MutexGuard<'_, Serial> {
-    serial.lock().unwrap_or_else(PoisonError::into_inner)
+fn lock<T>(device: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    device.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Drop for DeviceManager {
@@ -300,7 +386,10 @@ impl Drop for DeviceManager {
 }
 
 /// Makes the generic event device and tells where it is.
-fn ged(memory: &Bus, ioapic: &Arc<Ioapic>) -> Result<arch::acpi::Ged, DeviceError> {
+fn ged(
+    memory: &Bus,
+    ioapic: &Arc<Ioapic>,
+) -> Result<(arch::acpi::Ged, Arc<Mutex<Ged>>), DeviceError> {
     let name = "generic event device";
     let allocate = |source| DeviceError::Allocate { name, source };
     let mut registers = AddressAllocator::new(REGISTERS_START, REGISTERS_SIZE).map_err(allocate)?;
@@ -314,14 +403,15 @@ fn ged(memory: &Bus, ioapic: &Arc<Ioapic>) -> Result<arch::acpi::Ged, DeviceErro
         gsi: pins.allocate().map_err(allocate)?,
     };
     let line = ioapic.line(u8::try_from(ged.gsi).unwrap_or(u8::MAX));
+    let device = Arc::new(Mutex::new(Ged::new(line)));
     place(
         memory,
         name,
         ged.address,
         arch::acpi::registers::ged::SIZE,
-        Arc::new(Mutex::new(Ged::new(line))),
+        device.clone(),
     )?;
-    Ok(ged)
+    Ok((ged, device))
 }
 
 fn place(

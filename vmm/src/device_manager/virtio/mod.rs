@@ -5,6 +5,7 @@
 mod balloon;
 mod block;
 mod console;
+mod mem;
 mod net;
 mod pmem;
 mod rng;
@@ -17,9 +18,9 @@ use std::io;
 use std::sync::Arc;
 
 use hypervisor::{IoEventAddress, Vm};
-use virtio_devices::BalloonControl;
 use virtio_devices::BlockControl;
 use virtio_devices::transport::pci::{Host, Notifications, VirtioPciDevice};
+use virtio_devices::{BalloonControl, MemControl};
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 use vm_virtio::{Job, Spawn, VirtioDevice};
 use vmm_sys_util::eventfd::EventFd;
@@ -49,6 +50,8 @@ pub(super) struct Handles {
     pub console: Option<ConsoleEnds>,
     /// The balloon, if there is one.
     pub balloon: Option<BalloonControl>,
+    /// The device that adds RAM, if there is one.
+    pub mem: Option<MemControl>,
     /// The files of persistent memory, as they were.
     pub pmem: Vec<Before>,
 }
@@ -103,9 +106,11 @@ impl<'a> VirtioHost<'a> {
         let console = console::add(self, config, outputs.console.clone())?;
         vsock::add(self, config, outputs.vsock.as_ref())?;
         watchdog::add(self, config)?;
+        let (mem, ram) = mem::add(self, config)?;
         Ok(Handles {
             console,
-            balloon: balloon::add(self, config, self.ram.ram().clone())?,
+            balloon: balloon::add(self, config, ram)?,
+            mem,
             pmem: pmem::add(self, config)?,
             disks,
             devices: self.devices.take(),
