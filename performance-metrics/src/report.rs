@@ -9,15 +9,15 @@ use crate::plan::{BASE, Benchmark, Entrant, Program};
 use crate::stats::{Summary, ratios};
 
 /// What an operation cost, on average.
-#[derive(Clone, Copy, Debug, Serialize)]
+#[derive(Clone, Copy, Debug, Default, Serialize)]
 pub struct Costs {
     /// Notifications by the guest.
-    pub kicks: f64,
+    pub kicks: Option<f64>,
     /// System calls of all of the VMM's threads; none where the host doesn't count them.
     pub syscalls: Option<f64>,
-    /// Exits of the vCPU, likewise.
+    /// Exits of the vCPU to the VMM, likewise.
     pub exits: Option<f64>,
-    /// Microseconds of processor time of all threads but the vCPU, in the timed turns.
+    /// Microseconds of processor time of all threads but the vCPU, in the turns that nobody traced.
     pub cpu_us: Option<f64>,
 }
 
@@ -41,7 +41,7 @@ pub struct Row {
     samples: Vec<Option<f64>>,
     summary: Option<Summary>,
     ratios: Ratios,
-    /// Where a guest was measured.
+    /// Where there are operations.
     pub costs: Option<Costs>,
     /// Why there are no figures.
     pub note: Option<String>,
@@ -143,7 +143,7 @@ impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(
             f,
-            "{} turns of {} ms on {} processors{}. Ratios are of the same turn, in the middle. Each operation costs system calls, exits,\nmicroseconds of processor time (all threads but the vCPU), and kicks by the guest.",
+            "{} turns of {} ms on {} processors{}. Ratios are of the same turn, in the middle. An operation costs system calls,\nexits to the VMM, microseconds of processor time (all threads but the vCPU), and kicks by the guest.",
             self.turns,
             self.milliseconds,
             self.processors,
@@ -200,7 +200,7 @@ impl fmt::Display for Table {
                 (costs.and_then(|c| c.syscalls), 8),
                 (costs.and_then(|c| c.exits), 6),
                 (costs.and_then(|c| c.cpu_us), 8),
-                (costs.map(|c| c.kicks), 6),
+                (costs.and_then(|c| c.kicks), 6),
             ] {
                 write!(f, " {:>width$}", cell(cost))?;
             }

@@ -8,6 +8,7 @@ use anyhow::{Context, Result};
 use crate::args::Args;
 use crate::block::Images;
 use crate::clock;
+use crate::counters::Plain;
 use crate::life;
 use crate::net::{Isolated, isolate};
 use crate::plan::{Benchmark, Entrant, Program, Work};
@@ -16,24 +17,42 @@ use crate::report::{Costs, Report, Row};
 use crate::stats::Summary;
 use crate::vmm::{Measured, Vmm, limits};
 
-/// A figure, and what it cost where a guest was measured.
+/// A figure, and what it cost.
 struct Sample {
     value: f64,
-    measured: Option<Measured>,
+    costs: Option<Costs>,
 }
 
 impl Sample {
+    /// Of no operations.
     fn of(value: f64) -> Self {
+        Self { value, costs: None }
+    }
+
+    /// Of a host program.
+    fn plain(plain: Plain) -> Self {
+        let costs = Costs {
+            cpu_us: Some(plain.cpu_us),
+            ..Costs::default()
+        };
         Self {
-            value,
-            measured: None,
+            value: plain.value,
+            costs: Some(costs),
         }
     }
 
-    fn rate(measured: Measured) -> Self {
+    /// Of a guest that did `operations`, whatever they are.
+    fn guest(value: f64, operations: u64, measured: &Measured) -> Self {
+        let each = |count: u64| count as f64 / operations.max(1) as f64;
+        let costs = Costs {
+            kicks: Some(each(measured.kicks)),
+            syscalls: measured.traced.syscalls.map(each),
+            exits: measured.traced.exits.map(each),
+            cpu_us: Some(each(measured.cpu) / 1e3),
+        };
         Self {
-            value: measured.rate(),
-            measured: Some(measured),
+            value,
+            costs: Some(costs),
         }
     }
 }
@@ -89,10 +108,8 @@ impl Runner<'_> {
                 }
                 let sample = self.measure(entrant, turn == 0);
                 match sample {
-                    Ok(sample) if turn == 0 => {
-                        row.costs = sample.measured.map(|measured| traced(&measured));
-                    }
-                    Ok(sample) => row.add(sample.value, sample.measured.map(|m| cpu(&m))),
+                    Ok(sample) if turn == 0 => row.costs = sample.costs,
+                    Ok(sample) => row.add(sample.value, sample.costs.and_then(|c| c.cpu_us)),
                     Err(error) if entrant.program == Program::Other => {
                         row.note = Some(format!("{error:#}"));
                     }
@@ -101,8 +118,9 @@ impl Runner<'_> {
             }
         }
         for row in &mut rows {
-            if let (Some(costs), Some(cpu)) = (&mut row.costs, Summary::of(&row.cpu)) {
-                costs.cpu_us = Some(cpu.median);
+            if let Some(costs) = &mut row.costs {
+                // Of the turns that nobody traced.
+                costs.cpu_us = Summary::of(&row.cpu).map(|cpu| cpu.median);
             }
         }
         Ok(rows)
@@ -121,58 +139,37 @@ impl Runner<'_> {
         let (program, time) = (entrant.program, self.time);
         if program == Program::Host {
             return match entrant.work {
-                Work::Block(job) => job.on_host(&self.images, time).map(Sample::of),
+                Work::Block(job) => job.on_host(&self.images, time).map(Sample::plain),
                 Work::Net(job) => {
                     let isolated = self.isolated.context("no network namespace")?;
-                    job.on_host(isolated, time).map(Sample::of)
+                    job.on_host(isolated, time).map(Sample::plain)
                 }
                 _ => anyhow::bail!("no host program does this"),
             };
         }
         let (binary, guest) = (self.binary(program)?, &*self.guest);
         match entrant.work {
-            Work::Block(job) => job
-                .in_guest(binary, guest, &self.images, program.name(), time, tracing)
-                .map(Sample::rate),
+            Work::Block(job) => {
+                let owner = program.name();
+                let got = job.in_guest(binary, guest, &self.images, owner, time, tracing)?;
+                Ok(Sample::guest(got.rate(), got.operations, &got))
+            }
             Work::Net(job) => {
                 let isolated = self.isolated.context("no network namespace")?;
-                let outcome = job.in_guest(isolated, binary, guest, time, tracing)?;
-                Ok(Sample {
-                    value: outcome.value,
-                    measured: outcome.measured,
-                })
+                let (value, got) = job.in_guest(isolated, binary, guest, time, tracing)?;
+                Ok(Sample::guest(value, got.operations, &got))
             }
             Work::Entropy => {
                 let words = format!("test=bench_rng {}", limits(time));
                 let mut vmm = Vmm::start(binary, guest, &words, &[], tracing)?;
-                let mut measured = vmm.measured()?;
+                let got = vmm.measured()?;
                 vmm.finish()?;
-                let rate = measured.rate();
                 // Its operations are bytes, its requests pages.
-                measured.operations /= 4096;
-                Ok(Sample {
-                    value: rate,
-                    measured: Some(measured),
-                })
+                Ok(Sample::guest(got.rate(), got.operations / 4096, &got))
             }
             Work::FirstByte => life::first_byte(binary, guest).map(Sample::of),
             Work::Resident => life::resident(binary, guest).map(Sample::of),
             Work::Size => life::size(binary).map(Sample::of),
         }
     }
-}
-
-fn traced(measured: &Measured) -> Costs {
-    let each = |count: u64| count as f64 / (measured.operations.max(1)) as f64;
-    Costs {
-        kicks: each(measured.kicks),
-        syscalls: measured.traced.syscalls.map(each),
-        exits: measured.traced.exits.map(each),
-        cpu_us: None,
-    }
-}
-
-/// Microseconds of processor time an operation, beside the vCPU.
-fn cpu(measured: &Measured) -> f64 {
-    measured.cpu as f64 / 1e3 / (measured.operations.max(1)) as f64
 }

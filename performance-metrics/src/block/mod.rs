@@ -11,6 +11,7 @@ use anyhow::Result;
 
 pub use images::{Image, Images};
 
+use crate::counters::Plain;
 use crate::vmm::{Measured, Vmm, limits};
 
 /// Bytes of each disk.
@@ -155,11 +156,11 @@ impl Job {
         Ok(measured)
     }
 
-    /// By a host program, on a raw image: operations a second.
+    /// By a host program, on a raw image.
     ///
     /// # Errors
     /// What the image or io_uring says.
-    pub fn on_host(&self, images: &Images, time: Duration) -> Result<f64> {
+    pub fn on_host(&self, images: &Images, time: Duration) -> Result<Plain> {
         let path = images.ready(self.image, "host", false)?;
         uring::run(&path, self, time)
     }

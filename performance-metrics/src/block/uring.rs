@@ -12,6 +12,7 @@ use io_uring::types::{Fixed, FsyncFlags};
 use io_uring::{IoUring, opcode, squeue};
 
 use super::{Job, Kind, SPAN};
+use crate::counters::{Plain, own_time};
 use crate::order::{BLOCK, mark, offset};
 
 /// Memory for requests, aligned as O_DIRECT wants it.
@@ -45,11 +46,11 @@ struct Flight {
     flush_follows: bool,
 }
 
-/// Runs a job on a raw image: operations a second.
+/// Runs a job on a raw image.
 ///
 /// # Errors
 /// When the file or the ring fails, or what is read is not what should be there.
-pub fn run(path: &Path, job: &Job, time: Duration) -> Result<f64> {
+pub fn run(path: &Path, job: &Job, time: Duration) -> Result<Plain> {
     let file = OpenOptions::new()
         .read(true)
         .write(true)
@@ -69,6 +70,7 @@ pub fn run(path: &Path, job: &Job, time: Duration) -> Result<f64> {
         .context("registering a file")?;
 
     let mut started = 0;
+    let before = own_time();
     let start = Instant::now();
     for (slot, flight) in flights.iter_mut().enumerate() {
         *flight = begin(&mut ring, &mut buffers, slot, started, job)?;
@@ -110,11 +112,10 @@ pub fn run(path: &Path, job: &Job, time: Duration) -> Result<f64> {
         }
         let now = start.elapsed();
         if passed.is_none() && now >= time {
-            passed = Some(now);
+            passed = Some(Plain::rate(operations, now.as_secs_f64(), before));
         }
     }
-    let passed = passed.context("no time has passed")?;
-    Ok(f64::from(operations) / passed.as_secs_f64())
+    passed.context("no time has passed")
 }
 
 fn begin(

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
+use crate::counters::{Plain, own_time};
 use crate::stats::Summary;
 use crate::vmm::{Measured, Vmm, limits};
 use station::Station;
@@ -41,16 +42,8 @@ pub enum Job {
     RoundTrip,
 }
 
-/// What a job came to: frames a second or microseconds, and the guest's part where it has one.
-pub struct Outcome {
-    /// The figure.
-    pub value: f64,
-    /// The guest's measurement.
-    pub measured: Option<Measured>,
-}
-
 impl Job {
-    /// By a VMM with the bare-metal guest.
+    /// By a VMM with the bare-metal guest: frames a second or microseconds, and what the guest measured.
     ///
     /// # Errors
     /// What the VMM, the guest or the tap says; or packets that got lost.
@@ -61,7 +54,7 @@ impl Job {
         guest: &Path,
         time: Duration,
         tracing: bool,
-    ) -> Result<Outcome> {
+    ) -> Result<(f64, Measured)> {
         let before = station::interfaces()?;
         let options: [OsString; 2] = ["--net".into(), "tap=".into()];
         let start = |words: &str| Vmm::start(binary, guest, words, &options, tracing);
@@ -83,10 +76,7 @@ impl Job {
                     "the guest sent {} packets, of which {counted} came out of the tap",
                     measured.operations
                 );
-                Ok(Outcome {
-                    value: measured.rate(),
-                    measured: Some(measured),
-                })
+                Ok((measured.rate(), measured))
             }
             Self::Receive(size) => {
                 let words = format!(
@@ -107,10 +97,7 @@ impl Job {
                     "of {WAITING} packets {} came to the guest",
                     measured.operations
                 );
-                Ok(Outcome {
-                    value: measured.rate(),
-                    measured: Some(measured),
-                })
+                Ok((measured.rate(), measured))
             }
             Self::RoundTrip => {
                 let words = format!("test=bench_net_echo {}", limits(time));
@@ -122,10 +109,7 @@ impl Job {
                     vmm.type_line()
                 })?;
                 vmm.finish()?;
-                Ok(Outcome {
-                    value: value.context("no round trips")?,
-                    measured: Some(measured),
-                })
+                Ok((value.context("no round trips")?, measured))
             }
         }
     }
@@ -134,20 +118,20 @@ impl Job {
     ///
     /// # Errors
     /// What the tap says.
-    pub fn on_host(&self, _: Isolated, time: Duration) -> Result<f64> {
+    pub fn on_host(&self, _: Isolated, time: Duration) -> Result<Plain> {
         let tap = Tap::new()?;
         let station = Station::open(tap.name())?;
         match *self {
             Self::Transmit(size) => {
                 let packet = tap::packet(size);
-                let start = Instant::now();
+                let (before, start) = (own_time(), Instant::now());
                 let mut count = 0u32;
                 loop {
                     tap.write(&packet)?;
                     count += 1;
                     let passed = start.elapsed();
                     if passed >= time {
-                        return Ok(f64::from(count) / passed.as_secs_f64());
+                        return Ok(Plain::rate(count, passed.as_secs_f64(), before));
                     }
                 }
             }
@@ -156,17 +140,19 @@ impl Job {
                 station.send(size, WAITING)?;
                 let mut buffer = [0; 2048];
                 let mut count = 0;
-                let start = Instant::now();
+                let (before, start) = (own_time(), Instant::now());
                 while count < WAITING {
                     let length = tap.read(&mut buffer)?;
                     let length = length.context("packets got lost on the way to a tap")?;
                     let kind = buffer.get(HEADER + 12..HEADER + 14);
                     count += u32::from(length > HEADER && kind == Some(&ETHERTYPE.to_be_bytes()));
                 }
-                Ok(f64::from(count) / start.elapsed().as_secs_f64())
+                let seconds = start.elapsed().as_secs_f64();
+                Ok(Plain::rate(count, seconds, before))
             }
             Self::RoundTrip => {
                 let stop = std::sync::atomic::AtomicBool::new(false);
+                let before = own_time();
                 let trips = std::thread::scope(|scope| {
                     let echo = scope.spawn(|| tap.echo(&stop));
                     let trips = round_trips(&station);
@@ -176,7 +162,10 @@ impl Job {
                         Err(_) => trips,
                     }
                 })?;
-                trips.context("no round trips")
+                Ok(Plain {
+                    value: trips.context("no round trips")?,
+                    cpu_us: own_time().saturating_sub(before) as f64 / 1e3 / ROUNDS as f64,
+                })
             }
         }
     }
