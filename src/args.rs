@@ -51,8 +51,10 @@ pub struct Args {
     #[argh(option, arg_name = "list")]
     pub disk: Vec<String>,
 
-    /// tap=NAME (a new one), ip=A (192.168.249.1) and mask=M (255.255.255.0) of the host's end, mac=MAC and
-    /// host_mac=MAC (at random), mtu=N, num_queues=N (2), queue_size=N (256), id=NAME; one list a device
+    /// tap=NAME (a new one) or fd=[N,..] (descriptors of one, a pair of queues each), ip=A (192.168.249.1) and mask=M
+    /// (255.255.255.0) of the host's end, mac=MAC and host_mac=MAC (at random), mtu=N, num_queues=N (2), queue_size=N (256),
+    /// offload_tso, offload_ufo, offload_csum=on|off (on), bw_size=S with bw_refill_time=MS and ops_size=N with ops_refill_time=MS
+    /// (limits of each direction; also bw_one_time_burst, ops_one_time_burst), id=NAME; one list a device
     #[argh(option, arg_name = "list")]
     pub net: Vec<String>,
 
@@ -368,7 +370,11 @@ mod tests {
             assert_eq!(vm(line).unwrap(), None, "{line}");
         }
         assert!(vm("--api-socket /s --kernel k").unwrap().is_some());
-        for line in ["-v", "--api-socket /s --disk path=a", "--api-socket --cmdline x"] {
+        for line in [
+            "-v",
+            "--api-socket /s --disk path=a",
+            "--api-socket --cmdline x",
+        ] {
             let error = vm(line).unwrap_err().to_string();
             assert!(error.starts_with("--kernel"), "{error}");
         }

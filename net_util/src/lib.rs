@@ -10,7 +10,8 @@
 //! let tap = Tap::open(&TapOptions { name: None, queues: 2 })?;
 //! let interface = tap.interface();
 //! interface.set_mac(MacAddr::random()?)?;
-//! interface.set_ipv4("192.168.249.1".parse()?, "255.255.255.0".parse()?)?;
+//! interface.add_address("192.168.249.1".parse()?, 24)?;
+//! interface.add_address("fd00:249::1".parse()?, 64)?;
 //! interface.set_mtu(9000)?;
 //! interface.set_up(true)?;
 //! tap.set_offloads(Offloads::CSUM | Offloads::TSO4 | Offloads::TSO6)?;
@@ -25,6 +26,7 @@
 mod batch;
 mod interface;
 mod mac;
+mod netlink;
 mod queue;
 mod tap;
 

@@ -34,8 +34,8 @@ fn in_namespace(test: fn()) {
     }
 }
 
-/// A command of the host; children of this thread are in its namespaces.
-fn run(command: &str, args: &[&str]) {
+/// What a command of the host prints; children of this thread are in its namespaces.
+fn run(command: &str, args: &[&str]) -> String {
     let output = Command::new(command)
         .args(args)
         .output()
@@ -45,6 +45,7 @@ fn run(command: &str, args: &[&str]) {
         "{command} {args:?}: {}",
         String::from_utf8_lossy(&output.stderr)
     );
+    String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
 fn open(name: &str, queues: usize) -> Result<Tap, TapError> {
@@ -69,7 +70,7 @@ fn ready(tap: &Tap) {
             &format!("net.ipv6.conf.{}.disable_ipv6=1", interface.name()),
         ],
     );
-    interface.set_ipv4(HOST, MASK).unwrap();
+    interface.add_address(HOST.into(), 24).unwrap();
     interface.set_up(true).unwrap();
     let (guest, mac) = (GUEST.to_string(), GUEST_MAC.to_string());
     run(
@@ -177,8 +178,22 @@ fn a_new_tap_is_configured_and_goes_away() {
             assert_eq!(interface.mtu().unwrap(), 9000);
             assert!(interface.set_mtu(u32::MAX).is_err());
             assert!(interface.ipv4().is_err());
-            interface.set_ipv4(HOST, MASK).unwrap();
+            interface.add_address(HOST.into(), 24).unwrap();
             assert_eq!(interface.ipv4().unwrap(), (HOST, MASK));
+            // Told again it is the same one; others stand beside it.
+            for (address, prefix) in [("10.9.8.1", 24), ("10.9.9.1", 16), ("fd00:8::1", 48)] {
+                let address = address.parse().unwrap();
+                interface.add_address(address, prefix).unwrap();
+            }
+            let told = run("ip", &["-o", "addr", "show", "dev", interface.name()]);
+            for address in ["10.9.8.1/24 brd 10.9.8.255", "10.9.9.1/16", "fd00:8::1/48"] {
+                assert_eq!(told.matches(address).count(), 1, "{told}");
+            }
+            let error = interface.add_address(HOST.into(), 33).unwrap_err();
+            assert!(
+                error.to_string().starts_with("setting the address"),
+                "{error}"
+            );
             interface.set_up(true).unwrap();
             assert!(interface.is_up().unwrap());
             interface.set_up(false).unwrap();
@@ -514,7 +529,7 @@ fn a_macvtap_is_opened_by_its_name() {
             Interface::new(name).unwrap().set_up(true).unwrap();
         }
         let far = Interface::new("wire1").unwrap();
-        far.set_ipv4(HOST, MASK).unwrap();
+        far.add_address(HOST.into(), 24).unwrap();
         let tap = open("mac0", 2).unwrap();
         assert_eq!(tap.interface().name(), "mac0");
         let mac = tap.interface().mac().unwrap().to_string();

@@ -1,11 +1,12 @@
 //! From a `NetConfig` to a tap that is up.
 
 use std::io;
+use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
 
 use net_util::{Interface, InterfaceError, MacAddr, Tap, TapError, TapOptions};
 use thiserror::Error;
 
-use crate::config::{ConfigError, DEFAULT_IP, DEFAULT_MASK, NetConfig};
+use crate::config::{ConfigError, DEFAULT_IP, NetConfig};
 
 /// Why a network device has no host's end.
 #[derive(Debug, Error)]
@@ -16,6 +17,15 @@ pub enum TapSetupError {
     /// The tap cannot be had.
     #[error(transparent)]
     Tap(#[from] TapError),
+    /// A number that is no descriptor.
+    #[error("fd={fd} is not open in this process")]
+    Descriptor {
+        /// As told.
+        fd: RawFd,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
     /// It cannot be set up.
     #[error(transparent)]
     Interface(#[from] InterfaceError),
@@ -27,14 +37,18 @@ pub enum TapSetupError {
 /// Opens the tap of `config`, or makes one, and takes it up. A tap that is there keeps its settings where the config says nothing
 /// of them.
 pub fn open(config: &NetConfig) -> Result<Tap, TapSetupError> {
-    let found = match &config.tap {
-        Some(name) => Interface::new(name)?.index().is_ok(),
-        None => false,
+    let found = match (&config.tap, &config.fd) {
+        (Some(name), None) => Interface::new(name)?.index().is_ok(),
+        (None, None) => false,
+        (_, Some(_)) => true,
     };
-    let tap = Tap::open(&TapOptions {
-        name: config.tap.clone(),
-        queues: usize::from(config.num_queues / 2),
-    })?;
+    let tap = match &config.fd {
+        Some(fds) => Tap::from_fds(duplicate(fds)?)?,
+        None => Tap::open(&TapOptions {
+            name: config.tap.clone(),
+            queues: usize::from(config.num_queues / 2),
+        })?,
+    };
     let interface = tap.interface();
     if let Some(mac) = config.host_mac()? {
         interface.set_mac(mac)?;
@@ -42,14 +56,26 @@ pub fn open(config: &NetConfig) -> Result<Tap, TapSetupError> {
     if let Some(mtu) = config.mtu {
         interface.set_mtu(mtu.into())?;
     }
-    let ip = config.ip.or((!found).then_some(DEFAULT_IP));
-    if let Some(ip) = ip {
-        interface.set_ipv4(ip, config.mask.unwrap_or(DEFAULT_MASK))?;
+    if let Some(address) = config.ip.or((!found).then_some(DEFAULT_IP)) {
+        interface.add_address(address, config.prefix(address)?)?;
     }
     if !interface.is_up()? {
         interface.set_up(true)?;
     }
     Ok(tap)
+}
+
+/// Descriptors of our own for what was handed over: those stay open for a machine that is started again.
+#[allow(unsafe_code)]
+fn duplicate(fds: &[RawFd]) -> Result<Vec<OwnedFd>, TapSetupError> {
+    let duplicate = |fd: &RawFd| {
+        // SAFETY: it is only duplicated, and the kernel refuses a number that is no descriptor.
+        let handed_over = unsafe { BorrowedFd::borrow_raw(*fd) };
+        handed_over
+            .try_clone_to_owned()
+            .map_err(|source| TapSetupError::Descriptor { fd: *fd, source })
+    };
+    fds.iter().map(duplicate).collect()
 }
 
 /// Ethernet address of the guest's end.

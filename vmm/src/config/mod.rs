@@ -11,6 +11,7 @@ mod memory;
 mod net;
 mod payload;
 mod pmem;
+mod rate_limit;
 mod rng;
 mod vsock;
 
@@ -19,9 +20,10 @@ pub use console::{ConsoleConfig, ConsoleMode};
 pub use cpus::{CpuTopologyConfig, CpusConfig};
 pub use disk::{DiskConfig, ImageType};
 pub use memory::{HOTPLUG_ALIGNMENT, HOTPLUG_BLOCK, HotplugMethod, MemoryConfig};
-pub use net::{DEFAULT_IP, DEFAULT_MASK, NetConfig};
+pub use net::{DEFAULT_IP, NetConfig};
 pub use payload::PayloadConfig;
 pub use pmem::{PMEM_ALIGNMENT, PmemConfig};
+pub use rate_limit::{RateLimitConfig, TokenBucketConfig};
 pub use rng::RngConfig;
 pub use vsock::VsockConfig;
 

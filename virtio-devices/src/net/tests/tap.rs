@@ -14,8 +14,6 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
 
-const MASK: Ipv4Addr = Ipv4Addr::new(255, 255, 255, 0);
-
 /// The two ends.
 const ENDS: [Ipv4Addr; 2] = [Ipv4Addr::new(10, 9, 7, 1), Ipv4Addr::new(10, 9, 7, 2)];
 
@@ -39,7 +37,7 @@ impl Host {
             let options = TapOptions { name: None, queues };
             let tap = Tap::open(&options).unwrap();
             let interface = tap.interface();
-            interface.set_ipv4(address, MASK).unwrap();
+            interface.add_address(address.into(), 24).unwrap();
             interface.set_up(true).unwrap();
             tap
         });

@@ -25,8 +25,11 @@ fn network(id: &str, config: &NetConfig) -> Result<Net<Memory>, DeviceError> {
         mtu: config.mtu,
         queue_pairs: config.num_queues / 2,
         queue_size: config.queue_size,
-        offloads: virtio_devices::NET_OFFLOADS,
-        limit: block_util::RateLimiterConfig::default(),
+        offloads: config.offloads(),
+        limit: config
+            .rate_limiter_config
+            .map(|limits| limits.limiter())
+            .unwrap_or_default(),
     };
     Net::new(net, tap).map_err(DeviceError::option(OPTION))
 }
