@@ -3,14 +3,17 @@
 #![allow(clippy::panic, clippy::expect_used, clippy::unwrap_used)]
 
 mod bad_input;
+mod balloon;
 mod bare_metal;
 mod cli;
 mod disks;
 mod endings;
 mod linux;
+mod mem;
 mod net;
 mod pmem;
 mod pvpanic;
+mod root_disk;
 mod support;
 mod terminal;
 mod vsock;

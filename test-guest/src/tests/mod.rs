@@ -10,9 +10,11 @@ mod pci_bar;
 mod ports;
 mod pvpanic;
 mod smp;
+mod virtio_balloon;
 mod virtio_blk;
 mod virtio_data;
 mod virtio_hostile;
+mod virtio_mem;
 mod virtio_mmio;
 mod virtio_net;
 mod virtio_pmem;
@@ -63,6 +65,12 @@ const TESTS: &[Test] = &[
     ("virtio_blk_hostile", virtio_hostile::hostile),
     ("virtio_vsock", virtio_vsock::vsock),
     ("virtio_vsock_bulk", virtio_vsock::bulk),
+    ("virtio_balloon", virtio_balloon::balloon),
+    ("virtio_balloon_reporting", virtio_balloon::reporting),
+    ("virtio_balloon_hostile", virtio_balloon::hostile),
+    ("virtio_mem", virtio_mem::mem),
+    ("virtio_mem_dma", virtio_mem::dma),
+    ("virtio_mem_hostile", virtio_mem::hostile),
     ("virtio_pmem", virtio_pmem::pmem),
     ("virtio_pmem_dma", virtio_pmem::dma),
     ("virtio_watchdog", virtio_watchdog::watchdog),

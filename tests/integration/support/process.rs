@@ -176,6 +176,14 @@ impl Vmm {
         self.child.id()
     }
 
+    /// Bytes of its memory that the host has pages for.
+    pub fn resident(&self) -> u64 {
+        let path = format!("/proc/{}/statm", self.pid());
+        let statm = std::fs::read_to_string(path).expect("the VMM runs");
+        let pages = statm.split(' ').nth(1).expect("a second number");
+        pages.parse::<u64>().expect("a number") * 4096
+    }
+
     /// Types at the guest's serial port.
     pub fn send(&mut self, text: &str) {
         let input = self.input.as_mut().expect("standard input is open");

@@ -96,6 +96,8 @@ pub struct BareMetal {
     initramfs: Option<PathBuf>,
     cpus: u32,
     memory: u64,
+    /// The value of `--memory`, where it says more than the size.
+    memory_option: Option<String>,
     serial: String,
     words: String,
 }
@@ -108,6 +110,7 @@ impl BareMetal {
             initramfs: None,
             cpus: 1,
             memory: 128 << 20,
+            memory_option: None,
             serial: "tty".into(),
             words: String::new(),
         }
@@ -135,6 +138,12 @@ impl BareMetal {
         self
     }
 
+    /// The value of `--memory`, with a size that the guest is not told of.
+    pub fn memory_option(mut self, value: impl Into<String>) -> Self {
+        self.memory_option = Some(value.into());
+        self
+    }
+
     /// The value of `--serial`.
     pub fn serial(mut self, serial: impl Into<String>) -> Self {
         self.serial = serial.into();
@@ -155,11 +164,15 @@ impl BareMetal {
             tests.join(","),
             self.words
         );
+        let option = match &self.memory_option {
+            Some(option) => option.clone(),
+            None => format!("size={memory}"),
+        };
         let builder = Vmm::builder()
             .option("--kernel", &self.kernel)
             .option("--cmdline", words)
             .option("--cpus", format!("boot={cpus}"))
-            .option("--memory", format!("size={memory}"))
+            .option("--memory", option)
             .option("--serial", &self.serial);
         match &self.initramfs {
             Some(path) => builder.option("--initramfs", path),
