@@ -2,6 +2,8 @@
 
 mod interrupts;
 mod legacy;
+#[cfg(feature = "mmio")]
+mod mmio;
 mod pci;
 mod pvpanic;
 mod virtio;
@@ -68,6 +70,10 @@ pub enum DeviceError {
     /// A virtio device cannot be behind its transport.
     #[error(transparent)]
     Transport(#[from] virtio_devices::transport::pci::TransportError),
+    /// The same, on memory-mapped registers.
+    #[cfg(feature = "mmio")]
+    #[error(transparent)]
+    Mmio(#[from] virtio_devices::transport::mmio::MmioError),
     /// What an option asks for cannot be had.
     #[error("{option}")]
     Option {
@@ -128,6 +134,8 @@ pub struct DeviceManager {
     virtio: Vec<(u8, Arc<VirtioPciDevice<virtio::Memory>>)>,
     disks: BTreeMap<String, BlockControl>,
     pci: Pci,
+    #[cfg(feature = "mmio")]
+    mmio: mmio::Mmio,
     console: Option<ConsoleEnds>,
     balloon: Option<BalloonControl>,
     /// The device that adds RAM, and how much the guest starts with.
@@ -200,9 +208,13 @@ impl DeviceManager {
             window64,
         )?;
 
-        let handles = VirtioHost::new(vm.clone(), routing, ram, slots, &pci, events)
-            .map_err(event_error("virtio devices"))?
-            .add_all(config, outputs)?;
+        let host = VirtioHost::new(vm.clone(), routing, ram, slots, &pci, events)
+            .map_err(event_error("virtio devices"))?;
+        #[cfg(feature = "mmio")]
+        let mmio = mmio::Mmio::new(vm.clone(), memory.clone(), ioapic.clone())?;
+        #[cfg(feature = "mmio")]
+        let host = host.on_mmio(&mmio);
+        let handles = host.add_all(config, outputs)?;
 
         pvpanic::add(&pci, config, events)?;
 
@@ -217,6 +229,8 @@ impl DeviceManager {
             virtio: handles.devices,
             disks: handles.disks,
             pci,
+            #[cfg(feature = "mmio")]
+            mmio,
             console: handles.console,
             balloon: handles.balloon,
             mem: handles.mem,
@@ -241,6 +255,8 @@ impl DeviceManager {
         acpi.ged = Some(self.ged);
         acpi.serial = self.serial.as_ref().map(|_| legacy::SERIAL);
         acpi.pci = Some(self.pci.describe());
+        #[cfg(feature = "mmio")]
+        acpi.virtio_mmio.extend(self.mmio.describe());
     }
 
     /// The machine starts: what was done to files of the host stays.
@@ -299,6 +315,8 @@ impl DeviceManager {
 
     /// Stops the workers of virtio devices. One that is lost makes its device want a reset, which is the driver's affair.
     pub fn pause(&self) {
+        #[cfg(feature = "mmio")]
+        self.mmio.pause();
         for (_, device) in &self.virtio {
             if let Err(e) = device.pause() {
                 log::warn!("{}", crate::error_chain(&e));
@@ -311,6 +329,8 @@ impl DeviceManager {
     /// # Errors
     /// The first that cannot; the others do.
     pub fn resume(&self) -> Result<(), DeviceError> {
+        #[cfg(feature = "mmio")]
+        self.mmio.resume()?;
         let resumed = self.virtio.iter().map(|(_, device)| device.resume());
         // All of them, and then the first error.
         let failed = resumed.filter_map(Result::err).collect::<Vec<_>>();
@@ -382,6 +402,8 @@ impl Drop for DeviceManager {
     /// Ends the threads of virtio devices.
     fn drop(&mut self) {
         self.pci.clear();
+        #[cfg(feature = "mmio")]
+        self.mmio.clear();
     }
 }
 

@@ -65,6 +65,9 @@ pub(super) struct VirtioHost<'a> {
     spawn: Spawn,
     events: &'a EventSender,
     pci: &'a Pci,
+    /// Instead of PCI.
+    #[cfg(feature = "mmio")]
+    mmio: Option<&'a super::mmio::Mmio>,
     devices: RefCell<Vec<(u8, Arc<VirtioPciDevice<Memory>>)>>,
 }
 
@@ -90,8 +93,17 @@ impl<'a> VirtioHost<'a> {
             spawn: Arc::new(spawn),
             events,
             pci,
+            #[cfg(feature = "mmio")]
+            mmio: None,
             devices: RefCell::default(),
         })
+    }
+
+    /// Devices go there, and not onto PCI.
+    #[cfg(feature = "mmio")]
+    pub(super) fn on_mmio(mut self, mmio: &'a super::mmio::Mmio) -> Self {
+        self.mmio = Some(mmio);
+        self
     }
 
     /// Makes the devices of `config`, in the order in which the guest finds them. `outputs` are the host's ends.
@@ -119,6 +131,11 @@ impl<'a> VirtioHost<'a> {
 
     /// Puts `device` on the bus.
     fn add(&self, id: &str, device: Box<dyn VirtioDevice<Memory>>) -> Result<(), DeviceError> {
+        #[cfg(feature = "mmio")]
+        if let Some(mmio) = self.mmio {
+            let memory = self.ram.memory().clone();
+            return mmio.add(id, device, memory, self.spawn.clone());
+        }
         let vectors = VirtioPciDevice::vectors(device.as_ref());
         let msi = MsiVectors::new(self.routing.clone(), vectors).map_err(|source| {
             DeviceError::Event {
