@@ -166,7 +166,7 @@ fn free_pages_are_reported_where_linux_does_and_where_the_standard_does() {
     // Not agreed.
     let (mut guest, _control) = start(RING_FEATURES);
     report(&mut guest, 4);
-    guest.wait_needs_reset();
+    guest.wait_used(4);
     assert_eq!(first(&guest.memory, 4), 1);
 }
 
