@@ -10,7 +10,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, anyhow};
 
 use hypervisor::kvm::Kvm;
-use vmm::config::VmConfig;
+use vmm::api::{self, ApiSocket, Listening};
 use vmm::console::terminal;
 use vmm::signals::Signals;
 use vmm::{control, event, threads};
@@ -46,10 +46,10 @@ fn fail(error: &anyhow::Error) -> ExitCode {
 
 fn start(args: &args::Args) -> Result<()> {
     logger::install(args.log_file.as_deref(), args.verbosity)?;
-    let config: VmConfig = args.vm_config()?;
-    config.validate()?;
+    let config = args.vm()?;
     restore_terminal_on_panic();
     restrict_new_files();
+    let socket = api_socket(args.api_socket.as_deref())?;
 
     // Signals are blocked before the first thread starts, so that all threads inherit it.
     let signals = Signals::block().context("blocking signals")?;
@@ -60,17 +60,47 @@ fn start(args: &args::Args) -> Result<()> {
     }
     let (events, receiver) = event::event_channel().context("creating an eventfd")?;
     let for_thread = events.try_clone().context("cloning an eventfd")?;
+    let (calls, to_answer) = api::call_channel(&events).context("cloning an eventfd")?;
+    let for_api = events.try_clone().context("cloning an eventfd")?;
     let control = threads::spawn("control".into(), events, move || {
-        control::run(&kvm, &config, &signals, &for_thread, &receiver)
+        control::run(&kvm, config, &signals, &for_thread, &receiver, &to_answer)
     })
     .context("starting the control thread")?;
-    match control.join() {
+    // The guest starts meanwhile.
+    let api = match socket {
+        Some(Listening { listener, file }) => {
+            let server = api::Server::start(listener, calls, for_api);
+            Some((server.context("starting the API thread")?, file))
+        }
+        None => None,
+    };
+    let ended = control.join();
+    if let Some((server, file)) = api {
+        drop(file);
+        server.finish();
+    }
+    match ended {
         Ok(Some(result)) => {
             let ended = result?;
             log::info!("ended: {ended:?}");
             Ok(())
         }
         Ok(None) | Err(_) => Err(anyhow!("the control thread panicked; this is a bug")),
+    }
+}
+
+/// Listens where the API is to be: where the option says, or else at a path of our own, without which a guest can do.
+fn api_socket(option: Option<&str>) -> Result<Option<Listening>> {
+    match option {
+        Some("") => Ok(Some(ApiSocket::listen_at_default()?)),
+        Some(text) => Ok(Some(ApiSocket::parse(text)?.listen()?)),
+        None => match ApiSocket::listen_at_default() {
+            Ok(listening) => Ok(Some(listening)),
+            Err(e) => {
+                log::warn!("there is no API: {}", vmm::error_chain(&e));
+                Ok(None)
+            }
+        },
     }
 }
 

@@ -1,9 +1,11 @@
 //! vCPUs and their threads, named `vcpuN`, and the loop that serves their exits.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::os::unix::thread::JoinHandleExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 
 use hypervisor::{Kick, SystemEvent, Vcpu, VmExit};
@@ -39,9 +41,13 @@ pub struct ExitRoutes {
     pub end_of_interrupt: Arc<dyn Fn(u8) + Send + Sync>,
 }
 
+/// Something to be done with a vCPU between two of its runs.
+type Job = Box<dyn FnOnce(&dyn Vcpu) + Send>;
+
 struct VcpuThread {
     id: u32,
     kick: Arc<dyn Kick>,
+    jobs: Sender<Job>,
     handle: JoinHandle<Option<Box<dyn Vcpu>>>,
 }
 
@@ -69,10 +75,22 @@ impl CpuManager {
                 let stop = manager.stop.clone();
                 let routes = routes.clone();
                 let to_control = events.try_clone()?;
+                let (jobs, to_do) = channel();
+                let own_kick = kick.clone();
                 let handle = threads::spawn(format!("vcpu{id}"), events.try_clone()?, move || {
-                    run(vcpu, &stop, &routes, &to_control)
+                    let orders = Orders {
+                        kick: own_kick.as_ref(),
+                        stop: &stop,
+                        jobs: &to_do,
+                    };
+                    run(vcpu, &orders, &routes, &to_control)
                 })?;
-                Ok(VcpuThread { id, kick, handle })
+                Ok(VcpuThread {
+                    id,
+                    kick,
+                    jobs,
+                    handle,
+                })
             };
             let thread = spawn().map_err(|source| CpuError::Spawn { id, source })?;
             manager.threads.push(thread);
@@ -80,7 +98,28 @@ impl CpuManager {
         Ok(manager)
     }
 
-    /// Stops all vCPUs and takes them back, in order of their numbers.
+    /// What `ask` learns of each vCPU, with its number; the guest goes on. A vCPU that has ended is left out.
+    pub fn ask<T: Send + 'static>(
+        &self,
+        ask: impl Fn(&dyn Vcpu) -> T + Clone + Send + 'static,
+    ) -> BTreeMap<u32, T> {
+        let (sender, answers) = channel();
+        for thread in &self.threads {
+            let (sender, ask) = (sender.clone(), ask.clone());
+            let job = move |vcpu: &dyn Vcpu| {
+                // The other end waits until all senders are gone.
+                let _ = sender.send((vcpu.id(), ask(vcpu)));
+            };
+            if thread.jobs.send(Box::new(job)).is_ok() {
+                thread.kick.set();
+                kick(&thread.handle);
+            }
+        }
+        drop(sender);
+        answers.into_iter().collect()
+    }
+
+    /// Stops all vCPUs and takes them back, in order of their numbers. No access of theirs is left half done.
     pub fn stop(&mut self) -> Vec<Box<dyn Vcpu>> {
         self.stop.store(true, Ordering::SeqCst);
         for thread in &self.threads {
@@ -120,16 +159,35 @@ fn kick<T>(handle: &JoinHandle<T>) {
     }
 }
 
+/// What a vCPU's thread is told from outside. Each order is given first, and then the thread is kicked.
+struct Orders<'a> {
+    kick: &'a dyn Kick,
+    stop: &'a AtomicBool,
+    jobs: &'a Receiver<Job>,
+}
+
 /// Runs one vCPU until it is told to stop or the machine ends, and gives it back.
 fn run(
     mut vcpu: Box<dyn Vcpu>,
-    stop: &AtomicBool,
+    orders: &Orders<'_>,
     routes: &ExitRoutes,
     events: &EventSender,
 ) -> Box<dyn Vcpu> {
     let id = vcpu.id();
-    while !stop.load(Ordering::SeqCst) {
+    loop {
         let last = match vcpu.run() {
+            // The run before has been completed: now is the time to look for orders. The kick is cleared first, so that one which
+            // comes meanwhile ends the next run.
+            Ok(VmExit::Interrupted) => {
+                orders.kick.clear();
+                while let Ok(job) = orders.jobs.try_recv() {
+                    job(vcpu.as_ref());
+                }
+                if orders.stop.load(Ordering::SeqCst) {
+                    break;
+                }
+                continue;
+            }
             Ok(exit) => match serve(id, exit, routes) {
                 None => continue,
                 Some(event) => event,

@@ -1,5 +1,6 @@
 //! The virtual machine monitor: configuration, VM life, device manager, control thread.
 
+pub mod api;
 pub mod config;
 pub mod console;
 pub mod control;
@@ -10,6 +11,7 @@ pub mod event;
 mod machine;
 mod memory_manager;
 mod pmem;
+mod poll;
 pub mod signals;
 mod tap;
 pub mod threads;

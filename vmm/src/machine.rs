@@ -2,9 +2,11 @@
 
 mod boot;
 
+use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
 
+use hypervisor::x86::ClockData;
 use hypervisor::{Hypervisor, HypervisorError, Vcpu, Vm, VmError};
 use thiserror::Error;
 
@@ -71,7 +73,9 @@ pub struct Machine {
     /// Made, and not started yet.
     vcpus: Vec<Box<dyn Vcpu>>,
     devices: DeviceManager,
-    _vm: Arc<dyn Vm>,
+    /// What the guest's clock showed when it was paused.
+    clock: Option<ClockData>,
+    vm: Arc<dyn Vm>,
     _memory: MemoryManager,
 }
 
@@ -107,19 +111,63 @@ impl Machine {
             cpus: None,
             vcpus,
             devices,
-            _vm: vm,
+            clock: None,
+            vm,
             _memory: memory,
         })
     }
 
-    /// Starts the vCPUs. A second call does nothing.
+    /// Starts the vCPUs, for the first time or after [`pause`](Self::pause). A second call does nothing.
     ///
     /// # Errors
-    /// A thread that the host would not start; the others are stopped again.
+    /// A device that cannot go on: the machine stays paused. A thread that the host would not start: the others are stopped again,
+    /// and the machine is lost.
     pub fn start(&mut self, events: &EventSender) -> Result<(), MachineError> {
         if self.cpus.is_none() {
+            self.devices.resume()?;
+            if let Some(clock) = self.clock.take() {
+                self.vm.set_clock(&clock)?;
+                for vcpu in &self.vcpus {
+                    // Only a guest with kvmclock has use for it.
+                    if let Err(e) = vcpu.notify_paused() {
+                        log::debug!("{}", crate::error_chain(&e));
+                    }
+                }
+            }
             let vcpus = std::mem::take(&mut self.vcpus);
             self.cpus = Some(CpuManager::start(vcpus, &self.devices.routes(), events)?);
+        }
+        Ok(())
+    }
+
+    /// Stops the vCPUs, then the devices, whose queues come home. The guest's clock stands still meanwhile.
+    pub fn pause(&mut self) {
+        if let Some(mut cpus) = self.cpus.take() {
+            self.vcpus = cpus.stop();
+            self.devices.pause();
+            match self.vm.clock() {
+                Ok(clock) => self.clock = Some(clock),
+                Err(e) => log::warn!("{}", crate::error_chain(&e)),
+            }
+        }
+    }
+
+    /// What was counted for each vCPU.
+    pub fn counters(&self) -> BTreeMap<u32, BTreeMap<String, u64>> {
+        match &self.cpus {
+            Some(cpus) => cpus.ask(|vcpu| vcpu.counters()),
+            None => self.vcpus.iter().map(|v| (v.id(), v.counters())).collect(),
+        }
+    }
+
+    /// Sends every running vCPU a non-maskable interrupt.
+    ///
+    /// # Errors
+    /// The first vCPU that cannot have one.
+    pub fn nmi(&self) -> Result<(), MachineError> {
+        let sent = self.cpus.as_ref().map(|cpus| cpus.ask(|vcpu| vcpu.nmi()));
+        for result in sent.into_iter().flat_map(BTreeMap::into_values) {
+            result?;
         }
         Ok(())
     }

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::ConfigError;
 
 /// The host's end of a console.
-#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub enum ConsoleMode {
     /// The guest has no such device.
     Off,
@@ -22,10 +22,56 @@ pub enum ConsoleMode {
 
 /// `--serial`.
 #[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
-#[serde(default, deny_unknown_fields)]
+#[serde(try_from = "ConsoleJson", into = "ConsoleJson")]
 pub struct ConsoleConfig {
     /// Where its bytes go.
     pub mode: ConsoleMode,
+}
+
+/// Its JSON form: the mode's name, and the file of that one which has a file.
+#[derive(Default, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+struct ConsoleJson {
+    mode: ModeName,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    file: Option<PathBuf>,
+}
+
+#[derive(Default, Deserialize, Serialize)]
+enum ModeName {
+    Off,
+    #[default]
+    Null,
+    Tty,
+    File,
+}
+
+impl TryFrom<ConsoleJson> for ConsoleConfig {
+    type Error = &'static str;
+
+    fn try_from(json: ConsoleJson) -> Result<Self, Self::Error> {
+        let mode = match (json.mode, json.file) {
+            (ModeName::File, Some(file)) if !file.as_os_str().is_empty() => ConsoleMode::File(file),
+            (ModeName::File, _) => return Err("mode File needs a file"),
+            (_, Some(_)) => return Err("only mode File has a file"),
+            (ModeName::Off, None) => ConsoleMode::Off,
+            (ModeName::Null, None) => ConsoleMode::Null,
+            (ModeName::Tty, None) => ConsoleMode::Tty,
+        };
+        Ok(Self { mode })
+    }
+}
+
+impl From<ConsoleConfig> for ConsoleJson {
+    fn from(config: ConsoleConfig) -> Self {
+        let (mode, file) = match config.mode {
+            ConsoleMode::Off => (ModeName::Off, None),
+            ConsoleMode::Null => (ModeName::Null, None),
+            ConsoleMode::Tty => (ModeName::Tty, None),
+            ConsoleMode::File(file) => (ModeName::File, Some(file)),
+        };
+        Self { mode, file }
+    }
 }
 
 impl ConsoleConfig {
@@ -65,6 +111,29 @@ mod tests {
         assert_eq!(read(""), ConsoleMode::Null);
         assert_eq!(read("tty"), ConsoleMode::Tty);
         assert_eq!(read("file=/a=b,c"), ConsoleMode::File("/a=b,c".into()));
+    }
+
+    #[test]
+    fn json_names_mode_and_file() {
+        for (text, json) in [
+            ("tty", r#"{"mode":"Tty"}"#),
+            ("file=/a", r#"{"mode":"File","file":"/a"}"#),
+        ] {
+            let config = ConsoleConfig::parse("--serial", text).unwrap();
+            assert_eq!(serde_json::to_string(&config).unwrap(), json);
+            assert_eq!(serde_json::from_str::<ConsoleConfig>(json).unwrap(), config);
+        }
+        for wrong in [
+            r#"{"mode":"File"}"#,
+            r#"{"mode":"File","file":""}"#,
+            r#"{"mode":"Null","file":"/a"}"#,
+            r#"{"mode":"Pipe"}"#,
+        ] {
+            assert!(
+                serde_json::from_str::<ConsoleConfig>(wrong).is_err(),
+                "{wrong}"
+            );
+        }
     }
 
     #[test]
