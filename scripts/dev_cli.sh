@@ -125,6 +125,7 @@ tests_with_nextest() {
     --integration) select=(-E 'binary(integration)') ;;
     esac
     use_test_guest
+    [ "$kind" = --unit ] || use_mmio_binary
     cargo nextest run --locked --cargo-profile ci --workspace "${select[@]}" "$@"
     doc_tests "$kind" "$@"
 }
@@ -140,6 +141,7 @@ tests_with_cargo() {
         cargo test --locked --profile ci -p cloud-hypervisor --test dependency_rule "$@"
     fi
     if [ "$kind" != --unit ]; then
+        use_mmio_binary
         # A guest and its VMM keep a core busy each.
         cargo test --locked --profile ci -p cloud-hypervisor --test integration "$@" -- --test-threads=2
     fi
@@ -157,6 +159,15 @@ doc_tests() {
 use_test_guest() {
     cargo build --locked --profile ci -p test-guest
     export CH_TEST_GUEST=${CH_TEST_GUEST:-$TARGET/ci/test-guest}
+}
+
+# Builds the VMM with the feature mmio beside the one without, which cargo puts back into its place as it builds the tests.
+use_mmio_binary() {
+    if [ -z "${CH_BINARY_MMIO:-}" ]; then
+        cargo build --locked --profile ci --features mmio --bin cloud-hypervisor
+        mv "$TARGET/ci/cloud-hypervisor" "$TARGET/ci/cloud-hypervisor-mmio"
+        export CH_BINARY_MMIO=$TARGET/ci/cloud-hypervisor-mmio
+    fi
 }
 
 run() {

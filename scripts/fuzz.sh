@@ -12,7 +12,8 @@ readonly FLAGS="--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-cove
 
 usage() {
     cat <<'TEXT'
-usage: fuzz.sh TARGET SECONDS [-- LIBFUZZER-OPTION...]   fuzz one target, or `all`, for so many seconds each
+usage: fuzz.sh TARGET SECONDS [-- LIBFUZZER-OPTION...]   fuzz one target, or `all`, for so many seconds each, as many
+                                                         at a time as there are cores
        fuzz.sh TARGET FILE...                            run one target once on each file, to reproduce a crash
        fuzz.sh --list                                    the targets, and what they are about
        fuzz.sh --build                                   only build them
@@ -55,6 +56,10 @@ options() {
     case $1 in
     qcow*) printf '%s\n' -dict=fuzz/qcow.dict -max_len=65536 ;;
     linux_loader) printf '%s\n' -max_len=65536 ;;
+    *)
+        # A device's driver does little in the few bytes that libFuzzer begins with.
+        ! grep -q 'fuzz::device' "fuzz/fuzz_targets/$1.rs" || printf '%s\n' -len_control=0 -max_len=2048
+        ;;
     esac
 }
 
@@ -70,7 +75,7 @@ fuzz() {
     "$(binary "$target")" "${opts[@]}" "-max_total_time=$seconds" -print_final_stats=1 "$@" \
         "$found" "fuzz/corpus/$target" >"$log" 2>&1 || status=$?
     # The last lines of progress: coverage (cov), features (ft), corpus, executions a second.
-    grep -E '^#[0-9]+' "$log" | tail -1 || true
+    printf '%s: %s\n' "$target" "$(grep -E '^#[0-9]+' "$log" | tail -1)"
     if [ "$status" -eq 0 ]; then
         return
     fi
@@ -83,6 +88,21 @@ fuzz() {
         printf 'make small: %s -minimize_crash=1 -max_total_time=60 %s\n' "$(binary "$target")" "$artifact" >&2
     fi
     return 1
+}
+
+# fuzz_all SECONDS [OPTION...]: prints the names of those that failed to the file descriptor 3.
+fuzz_all() {
+    local name running=0 cores
+    cores=$(nproc)
+    for name in $(targets); do
+        if [ "$running" -ge "$cores" ]; then
+            wait -n || true
+            running=$((running - 1))
+        fi
+        { fuzz "$name" "$@" || printf '%s\n' "$name" >&3; } &
+        running=$((running + 1))
+    done
+    wait
 }
 
 reproduce() {
@@ -122,7 +142,7 @@ main() {
         ;;
     *)
         [ $# -ge 2 ] || die "how many seconds, or which files? (see --help)"
-        local target=$1 what=$2 failed=() name
+        local target=$1 what=$2 failed=() list
         if [[ ! $what =~ ^[0-9]+$ ]]; then
             known "$target"
             shift
@@ -134,9 +154,10 @@ main() {
         [ "${1:-}" != -- ] || shift
         if [ "$target" = all ]; then
             build
-            for name in $(targets); do
-                fuzz "$name" "$what" "$@" || failed+=("$name")
-            done
+            list=$(mktemp)
+            fuzz_all "$what" "$@" 3>"$list"
+            mapfile -t failed <"$list"
+            rm "$list"
         else
             known "$target"
             build "$target"

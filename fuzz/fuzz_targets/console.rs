@@ -99,6 +99,7 @@ impl Subject for Terminal {
     type Event = Event;
 
     fn device(&mut self) -> Box<dyn VirtioDevice<TestMemory>> {
+        self.input = ConsoleInput::new().expect("eventfds");
         let screen = Box::new(self.screen.clone());
         let console = Console::new("console", screen, self.input.clone(), (80, 25));
         let console = console.expect("the input is free");
@@ -148,7 +149,7 @@ impl Subject for Terminal {
         self.input.push(b"\xff\xfe\xfd");
         let mut received = Vec::new();
         while !received.ends_with(b"\xff\xfe\xfd") {
-            received.extend(guest.ask(RECEIVE, &room(64)));
+            received.extend(guest.ask(RECEIVE, &room(4096)));
         }
     }
 }

@@ -62,6 +62,11 @@ pub trait Subject {
     /// A new device, equal to those before; they are gone.
     fn device(&mut self) -> Box<dyn VirtioDevice<TestMemory>>;
 
+    /// The driver has negotiated `features`, and will set up the queues.
+    fn negotiated(&mut self, features: u64) {
+        let _ = features;
+    }
+
     /// The queue for `ask`, what the device reads and how much it may write.
     fn request(&self, ask: &Self::Ask) -> (u16, Request);
 
@@ -290,6 +295,7 @@ impl<S: Subject> Driver<'_, S> {
 
         let guest = self.guest.as_mut().expect("it does not move now");
         let registers = guest.core.registers_mut();
+        self.subject.negotiated(registers.features());
         let event_idx = registers.features() & feature::EVENT_IDX != 0;
         let mut base = RINGS;
         let mut sound = true;
