@@ -41,10 +41,10 @@ fn output(program: &str, args: &[&str]) -> Output {
 }
 
 /// A directory for images.
-struct Images(TempDir);
+pub struct Images(TempDir);
 
 impl Images {
-    fn new() -> Self {
+    pub fn new() -> Self {
         Self(tempfile::tempdir().unwrap())
     }
 
@@ -52,7 +52,7 @@ impl Images {
         self.0.path().join(name)
     }
 
-    fn raw(&self, name: &str) -> PathBuf {
+    pub fn raw(&self, name: &str) -> PathBuf {
         let path = self.path(name);
         fs::File::create_new(&path).unwrap().set_len(SIZE).unwrap();
         path
@@ -73,7 +73,7 @@ impl Images {
     }
 }
 
-fn text(path: &Path) -> &str {
+pub fn text(path: &Path) -> &str {
     path.to_str().unwrap()
 }
 
@@ -292,7 +292,7 @@ fn disks_that_cannot_be() {
 }
 
 /// An ext4 file system as the host makes it, with a file and its sum.
-fn file_system(images: &Images) -> PathBuf {
+pub fn file_system(images: &Images) -> PathBuf {
     let content = images.path("content");
     fs::create_dir(&content).unwrap();
     let bytes: Vec<u8> = (0..300_000u32).map(|i| (i / 255 * 7 + i) as u8).collect();
@@ -309,7 +309,7 @@ fn file_system(images: &Images) -> PathBuf {
 }
 
 /// The guest mounted it, read the host's file, wrote one: now the host looks.
-fn check_file_system(images: &Images, raw: &Path) {
+pub fn check_file_system(images: &Images, raw: &Path) {
     run("e2fsck", &["-fn", text(raw)]);
     let found = images.path("found");
     fs::create_dir(&found).unwrap();

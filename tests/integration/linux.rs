@@ -20,6 +20,8 @@ pub struct Linux {
     disk: Option<String>,
     /// In a network namespace of its own, with this value of `--net`.
     net: Option<&'static str>,
+    /// Another VMM than the usual one.
+    program: Option<PathBuf>,
     /// Another initramfs than the usual one.
     initramfs: Option<PathBuf>,
     /// Further options with their values.
@@ -41,6 +43,7 @@ impl Linux {
             patience: Duration::from_secs(400),
             disk: None,
             net: None,
+            program: None,
             initramfs: None,
             options: Vec::new(),
             memory_option: None,
@@ -51,6 +54,12 @@ impl Linux {
     /// With this value of `--disk`.
     pub fn disk(mut self, disk: String) -> Self {
         self.disk = Some(disk);
+        self
+    }
+
+    /// With this VMM instead of the usual one.
+    pub fn program(mut self, path: impl Into<PathBuf>) -> Self {
+        self.program = Some(path.into());
         self
     }
 
@@ -98,6 +107,10 @@ impl Linux {
         let builder = self.options.iter().fold(builder, |builder, (name, value)| {
             builder.option(name, value)
         });
+        let builder = match &self.program {
+            Some(program) => builder.program(program),
+            None => builder,
+        };
         let builder = match &self.disk {
             Some(disk) => builder.option("--disk", disk),
             None => builder,

@@ -9,6 +9,7 @@ mod cli;
 mod disks;
 mod endings;
 mod linux;
+mod mmio;
 mod mem;
 mod net;
 mod pmem;

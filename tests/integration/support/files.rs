@@ -39,6 +39,23 @@ pub fn binary() -> PathBuf {
     )
 }
 
+/// The VMM with the feature `mmio`: `CH_BINARY_MMIO`, or built on demand, beside the other one's target directory so that it does
+/// not take its place.
+pub fn binary_mmio() -> &'static Path {
+    static PATH: OnceLock<PathBuf> = OnceLock::new();
+    PATH.get_or_init(|| {
+        env::var_os("CH_BINARY_MMIO").map_or_else(
+            || {
+                let args = ["--bin", "cloud-hypervisor", "--features", "mmio"];
+                let target = target().join("mmio");
+                build(&target, &args);
+                target.join("ci/cloud-hypervisor")
+            },
+            PathBuf::from,
+        )
+    })
+}
+
 /// The bare-metal guest's ELF file: `CH_TEST_GUEST`, or built on demand beside the VMM.
 pub fn test_guest() -> &'static Path {
     static PATH: OnceLock<PathBuf> = OnceLock::new();
@@ -54,21 +71,31 @@ pub fn test_guest() -> &'static Path {
 }
 
 fn build_test_guest() -> PathBuf {
+    build(target(), &["-p", "test-guest"]);
+    target().join("ci/test-guest")
+}
+
+/// Where cargo built these tests.
+fn target() -> &'static Path {
     // target/PROFILE/cloud-hypervisor
-    let target = Path::new(env!("CARGO_BIN_EXE_cloud-hypervisor"))
+    Path::new(env!("CARGO_BIN_EXE_cloud-hypervisor"))
         .ancestors()
         .nth(2)
-        .expect("a target directory");
+        .expect("a target directory")
+}
+
+/// Has cargo build what `args` say.
+fn build(target: &Path, args: &[&str]) {
     let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let status = Command::new(cargo)
-        .args(["build", "--quiet", "--profile", "ci", "-p", "test-guest"])
+        .args(["build", "--quiet", "--profile", "ci"])
+        .args(args)
         .arg("--target-dir")
         .arg(target)
         .current_dir(env!("CARGO_MANIFEST_DIR"))
         .status()
         .expect("starting cargo");
-    assert!(status.success(), "building the bare-metal guest failed");
-    target.join("ci/test-guest")
+    assert!(status.success(), "cargo build {args:?} failed");
 }
 
 /// A Linux guest's file in `CH_GUEST_ASSETS`, or in the repository's `guest-assets`.

@@ -7,6 +7,6 @@ pub mod process;
 pub mod pty;
 pub mod report;
 
-pub use files::{Kvm, asset, test_guest};
+pub use files::{Kvm, asset, binary_mmio, test_guest};
 pub use process::{Ended, Vmm};
 pub use report::{BareMetal, Report};

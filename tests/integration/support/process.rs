@@ -19,6 +19,7 @@ const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Collects the arguments of a VMM.
 pub struct Builder {
+    program: std::path::PathBuf,
     args: Vec<OsString>,
     patience: Duration,
     directory: Option<std::path::PathBuf>,
@@ -35,6 +36,12 @@ impl Builder {
     /// Adds an option with its value.
     pub fn option(self, name: &str, value: impl Into<OsString>) -> Self {
         self.args([name.into(), value.into()])
+    }
+
+    /// Another binary than the usual one.
+    pub fn program(mut self, program: impl Into<std::path::PathBuf>) -> Self {
+        self.program = program.into();
+        self
     }
 
     /// How long it may take before it counts as hung.
@@ -72,10 +79,10 @@ impl Builder {
     pub fn command(&self) -> Command {
         let mut command = if self.own_network {
             let mut unshare = Command::new("unshare");
-            unshare.arg("--net").arg(files::binary());
+            unshare.arg("--net").arg(&self.program);
             unshare
         } else {
-            Command::new(files::binary())
+            Command::new(&self.program)
         };
         command.args(&self.args).stderr(Stdio::piped());
         if let Some(directory) = &self.directory {
@@ -145,6 +152,7 @@ pub struct Ended {
 impl Vmm {
     pub fn builder() -> Builder {
         Builder {
+            program: files::binary(),
             args: Vec::new(),
             patience: PATIENCE,
             directory: None,
