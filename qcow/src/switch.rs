@@ -101,11 +101,16 @@ impl Meta {
         self.write_image(&word_bytes(&words, clusters * size), start * size)?;
         self.flush_image()?;
         let old = std::mem::replace(&mut self.refs.table, words);
+        let old_header = self.header.clone();
         change(&mut self.header);
         self.header.refcount_table_offset = start * size;
         self.header.refcount_table_clusters = clusters as u32;
-        self.write_header()?;
-        self.flush_image()?;
+        if let Err(e) = self.write_header().and_then(|()| self.flush_image()) {
+            // Writes have ended. The tables in memory are those of the old header, which are all there still.
+            self.header = old_header;
+            self.refs.table = old;
+            return Err(e);
+        }
         if let Err(e) = self.reload() {
             self.stop();
             return Err(e);

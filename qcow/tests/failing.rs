@@ -191,3 +191,65 @@ fn a_storage_that_fails_leaves_at_worst_leaks() {
         }
     }
 }
+
+/// What changes all of the metadata at once, with a storage that fails after `n` changes; whether it came to that.
+fn switch(kind: &str, n: i64, forever: bool) -> bool {
+    let memory = Arc::new(MemStorage::default());
+    let options = CreateOptions::new(SIZE).cluster_size(512);
+    let image = Image::create_storage(Box::new(Arc::clone(&memory)), &options).unwrap();
+    image.write_at(&[1; 50_000], 1000).unwrap();
+    image.create_snapshot("old").unwrap();
+    image.write_at(&[2; 20_000], 7000).unwrap();
+    image.close().unwrap();
+    let storage = Arc::new(Failing {
+        memory,
+        left: AtomicI64::new(n),
+        forever,
+    });
+    let open = OpenOptions::new().write(true);
+    let image = Image::open_storage(Box::new(Arc::clone(&storage)), &open).unwrap();
+    let result = match kind {
+        "create" => image.create_snapshot("new").map(drop),
+        "apply" => image.apply_snapshot("old"),
+        _ => image.delete_snapshot("old"),
+    };
+    if result.is_ok() {
+        return storage.left.load(Ordering::Relaxed) < 0;
+    }
+    let mut content = vec![0; 60_000];
+    image.read_at(&mut content, 0).unwrap();
+    let expected = |at: usize| match at {
+        7000..27_000 => 2,
+        1000..51_000 => 1,
+        _ => 0,
+    };
+    let wrong = content
+        .iter()
+        .enumerate()
+        .find(|(at, b)| **b != expected(*at));
+    assert_eq!(wrong, None, "{kind} after {n} changes");
+    assert_eq!(image.snapshots().len(), 1);
+    match image.check() {
+        Ok(report) => assert_eq!(
+            report.corruptions, 0,
+            "{kind} after {n}: {:?}",
+            report.findings
+        ),
+        Err(Error::Stopped | Error::Io { .. }) => {}
+        Err(e) => panic!("{kind} after {n} changes: {e}"),
+    }
+    true
+}
+
+#[test]
+fn a_snapshot_that_fails_leaves_the_image_in_memory_whole() {
+    for kind in ["create", "apply", "delete"] {
+        for forever in [false, true] {
+            let mut n = 0;
+            while switch(kind, n, forever) {
+                n += 1;
+            }
+            assert!(n > 10, "{kind}: the story is too short, {n} changes");
+        }
+    }
+}
