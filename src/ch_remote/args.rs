@@ -80,9 +80,9 @@ plain! {
 #[derive(Debug, FromArgs)]
 #[argh(subcommand, name = "create")]
 pub struct Create {
-    /// file with its configuration as JSON; - is standard input
+    /// file with its configuration as JSON; standard input where there is none, or -
     #[argh(positional)]
-    pub config: String,
+    pub config: Option<String>,
 }
 
 /// change the VM's vCPUs, memory or balloon
@@ -115,10 +115,10 @@ pub struct ResizeDisk {
     pub size: String,
 }
 
-/// `--name=value` becomes two words.
-pub fn split_equals(words: &[String]) -> Vec<String> {
+/// The words as argh takes them: `--name=value` becomes two, and `-`, the file that is standard input, is left out.
+pub fn prepare(words: &[String]) -> Vec<String> {
     let mut out = Vec::with_capacity(words.len());
-    for word in words {
+    for word in words.iter().filter(|word| *word != "-") {
         match word.split_once('=') {
             Some((name, value)) if name.starts_with("--") => {
                 out.extend([name.to_owned(), value.to_owned()]);
@@ -135,7 +135,7 @@ mod tests {
 
     fn read(line: &str) -> Result<Args, String> {
         let words: Vec<String> = line.split(' ').map(str::to_owned).collect();
-        let words = split_equals(&words);
+        let words = prepare(&words);
         let words: Vec<&str> = words.iter().map(String::as_str).collect();
         Args::from_args(&["ch-remote"], &words).map_err(|exit| exit.output)
     }
@@ -171,7 +171,7 @@ mod tests {
             "ping",
             "--api-socket /s",
             "--api-socket /s pong",
-            "--api-socket /s create",
+            "--api-socket /s create a b",
         ] {
             assert!(read(line).is_err(), "{line}");
         }

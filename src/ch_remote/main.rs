@@ -22,7 +22,7 @@ fn main() -> ExitCode {
         Ok(words) => words,
         Err(word) => return fail(&anyhow!("argument {word:?} is not UTF-8")),
     };
-    let words = args::split_equals(&words);
+    let words = args::prepare(&words);
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     match Args::from_args(&["ch-remote"], &words) {
         Ok(args) => match run(&args) {
@@ -59,7 +59,7 @@ fn run(args: &Args) -> Result<String> {
         Command::ShutdownVmm(_) => ("PUT", "vmm.shutdown", None),
         Command::Info(_) => ("GET", "vm.info", None),
         Command::Counters(_) => ("GET", "vm.counters", None),
-        Command::Create(create) => ("PUT", "vm.create", Some(read(&create.config)?)),
+        Command::Create(create) => ("PUT", "vm.create", Some(read(create.config.as_deref())?)),
         Command::Boot(_) => ("PUT", "vm.boot", None),
         Command::Delete(_) => ("PUT", "vm.delete", None),
         Command::Pause(_) => ("PUT", "vm.pause", None),
@@ -101,14 +101,14 @@ fn size(option: &'static str, text: &str) -> Result<u64> {
         .ok_or_else(|| anyhow!("{option}: {text:?} is no size; 512M or 1073741824 would do"))
 }
 
-/// A file's bytes, or those of standard input for `-`.
-fn read(path: &str) -> Result<Vec<u8>> {
-    if path == "-" {
+/// A file's bytes, or those of standard input.
+fn read(path: Option<&str>) -> Result<Vec<u8>> {
+    let Some(path) = path else {
         let mut bytes = Vec::new();
         let read = io::stdin().read_to_end(&mut bytes);
         read.context("reading standard input")?;
         return Ok(bytes);
-    }
+    };
     fs::read(path).with_context(|| format!("reading {path:?}"))
 }
 

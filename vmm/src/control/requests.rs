@@ -156,22 +156,21 @@ impl Control<'_> {
     fn resize(&mut self, resize: &Resize) -> Result<()> {
         let what = "resizing the VM";
         self.running(what)?;
-        // Nothing is changed if a part cannot be.
-        let not_built = [
-            ("desired_vcpus", resize.desired_vcpus.is_some()),
-            ("desired_ram", resize.desired_ram.is_some()),
-        ];
-        if let Some((name, _)) = not_built.iter().find(|(_, wanted)| *wanted) {
+        // Nothing is changed if that is asked for.
+        if resize.desired_vcpus.is_some() {
             return Err(Failure::new(
                 Status::Failed,
-                format!("{what}: {name} is not built yet in this version"),
+                format!("{what}: desired_vcpus is not built yet in this version"),
             ));
         }
-        let ram = self.created()?.config.memory.size;
+        let ram = match resize.desired_ram {
+            Some(ram) => ram,
+            None => self.running(what)?.machine.devices().ram(),
+        };
         let balloon = match (resize.desired_balloon, resize.desired_ram_w_balloon) {
-            (None, None) => return Ok(()),
-            (Some(balloon), None) => balloon,
-            (None, Some(left)) if left <= ram => ram - left,
+            (None, None) => None,
+            (Some(balloon), None) => Some(balloon),
+            (None, Some(left)) if left <= ram => Some(ram - left),
             (None, Some(left)) => {
                 return Err(Failure::new(
                     Status::BadRequest,
@@ -186,7 +185,13 @@ impl Control<'_> {
             }
         };
         let devices = self.running(what)?.machine.devices();
-        devices.resize_balloon(balloon).map_err(failed(what))
+        if resize.desired_ram.is_some() {
+            devices.resize_ram(ram).map_err(failed(what))?;
+        }
+        match balloon {
+            Some(balloon) => devices.resize_balloon(balloon).map_err(failed(what)),
+            None => Ok(()),
+        }
     }
 
     fn counters(&mut self) -> Result<BTreeMap<String, BTreeMap<String, u64>>> {
@@ -201,11 +206,13 @@ impl Control<'_> {
 
 fn info(vm: &Vm) -> VmInfo {
     let devices = vm.running().map(|running| running.machine.devices());
-    let ballooned = devices.map_or(0, |devices| devices.balloon_actual());
+    let memory = devices.map_or(vm.config.memory.size, |devices| {
+        devices.ram().saturating_sub(devices.balloon_actual())
+    });
     VmInfo {
         config: vm.config.clone(),
         state: vm.state(),
-        memory_actual_size: vm.config.memory.size.saturating_sub(ballooned),
+        memory_actual_size: memory,
         device_tree: devices
             .into_iter()
             .flat_map(|devices| devices.on_pci())
