@@ -174,9 +174,9 @@ impl Subject for Host {
         }
     }
 
-    fn answers(&self, _ask: &Ask) -> bool {
-        // Packets wait for a driver that takes no refusals.
-        false
+    fn answers(&self, ask: &Ask) -> bool {
+        // Packets wait for a driver that takes no refusals, but of so many as that takes an input has no room.
+        matches!(ask, Ask::Packet(_) | Ask::Bytes(_))
     }
 
     fn event(&mut self, event: &Event) {

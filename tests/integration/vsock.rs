@@ -101,6 +101,29 @@ fn the_bare_metal_guest_talks_with_programs_of_the_host() {
 }
 
 #[test]
+fn a_reset_of_the_vm_ends_streams_and_the_listener_goes_on() {
+    let Some(kvm) = Kvm::here() else { return };
+    let place = Place::new();
+    let listener = place.listen(5003);
+    let mut vmm = BareMetal::new(kvm)
+        .word("end=reset")
+        .builder(&["virtio_vsock_left"])
+        .option("--vsock", place.option())
+        .start();
+    for start in 0..3 {
+        let mut stream = accept(&listener);
+        // The guest has left it open: its end is that of the machine.
+        let mut nothing = [0];
+        assert_eq!(stream.read(&mut nothing).unwrap(), 0, "start {start}");
+        // Somebody listens, whether the guest is there or not.
+        UnixStream::connect(place.path()).unwrap();
+    }
+    vmm.signal(libc::SIGTERM);
+    vmm.wait_exit();
+    assert!(!place.path().exists(), "the socket is left behind");
+}
+
+#[test]
 fn many_bytes_each_way() {
     let Some(kvm) = Kvm::here() else { return };
     const MIB: usize = 64;

@@ -64,6 +64,7 @@ const TESTS: &[Test] = &[
     ("virtio_blk_reset", virtio_reset::reset),
     ("virtio_blk_hostile", virtio_hostile::hostile),
     ("virtio_vsock", virtio_vsock::vsock),
+    ("virtio_vsock_left", virtio_vsock::left),
     ("virtio_vsock_bulk", virtio_vsock::bulk),
     ("virtio_balloon", virtio_balloon::balloon),
     ("virtio_balloon_reporting", virtio_balloon::reporting),

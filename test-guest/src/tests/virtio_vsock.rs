@@ -2,6 +2,7 @@
 //!
 //! `virtio_vsock`: everything sent to port 5000 comes back, then each half is closed; nobody listens at port 5009; a program connects to
 //! port 99 of ours after `READY virtio_vsock`, and gets back what it sends until it closes.
+//! `virtio_vsock_left`: connects to port 5003, and leaves the device and the stream as they are.
 //! `virtio_vsock_bulk`: sends `vsock_mib=N` MiB to port 5001 and receives as many from port 5002 (bytes: the low byte of offset / 8).
 
 use super::{at_cpl3, ensure, same};
@@ -72,6 +73,16 @@ pub fn vsock() -> Outcome {
 
         line!("READY virtio_vsock");
         serve(&mut vsock)
+    })
+}
+
+/// Connects, and does nothing more: the device still works for us when the test is over.
+pub fn left() -> Outcome {
+    at_cpl3(|| {
+        let mut vsock = Vsock::open()?;
+        vsock.connect(5003, 1026)?;
+        core::mem::forget(vsock);
+        Ok(())
     })
 }
 

@@ -33,7 +33,7 @@ use run::Loop;
 pub struct Source {
     /// What to wait on. It stays open for as long as it is watched.
     pub fd: RawFd,
-    /// For what, level-triggered.
+    /// For what; level-triggered unless [`EventSet::EDGE_TRIGGERED`] is among them.
     pub events: EventSet,
     /// Tells the handler's sources apart.
     pub token: u32,
