@@ -89,6 +89,16 @@ pub enum MigrationError {
         /// The schema's version.
         known: u32,
     },
+    /// The data are as the schema says, and no component could have saved them.
+    #[error("section {kind:?} of {id:?} has {what}")]
+    Impossible {
+        /// The section's kind.
+        kind: String,
+        /// Whose state it is.
+        id: String,
+        /// What is wrong.
+        what: &'static str,
+    },
     /// A component's section is not there.
     #[error("there is no section {kind:?} of {id:?}")]
     Absent {
