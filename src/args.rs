@@ -5,7 +5,7 @@ use anyhow::Result;
 use argh::FromArgs;
 use vmm::config::{
     BalloonConfig, ConsoleConfig, CpusConfig, DiskConfig, MemoryConfig, NetConfig, PayloadConfig,
-    PmemConfig, RngConfig, VmConfig, VsockConfig,
+    PmemConfig, RateLimitGroupConfig, RngConfig, VmConfig, VsockConfig,
 };
 
 /// A virtual machine monitor for modern cloud workloads on KVM.
@@ -47,9 +47,17 @@ pub struct Args {
     pub memory: String,
 
     /// path=FILE, readonly=on|off, direct=on|off (off), num_queues=N (1), queue_size=N (128),
-    /// image_type=raw|qcow2 (found out), backing_files=on|off (off), serial=TEXT, id=NAME; one list a disk
+    /// image_type=raw|qcow2 (found out), backing_files=on|off (off), sparse=on|off (on),
+    /// serial=TEXT, queue_affinity=[Q@[CPU,..],..] (host CPUs of a queue's thread), bw_size=S with bw_refill_time=MS and
+    /// ops_size=N with ops_refill_time=MS (limits; also bw_one_time_burst, ops_one_time_burst), rate_limit_group=ID,
+    /// id=NAME; one list a disk
     #[argh(option, arg_name = "list")]
     pub disk: Vec<String>,
+
+    /// id=NAME, bw_size=S with bw_refill_time=MS, ops_size=N with ops_refill_time=MS, bw_one_time_burst, ops_one_time_burst:
+    /// limits that all disks with rate_limit_group=NAME share; one list a group
+    #[argh(option, arg_name = "list")]
+    pub rate_limit_group: Vec<String>,
 
     /// tap=NAME (a new one) or fd=[N,..] (descriptors of one, a pair of queues each), ip=A (192.168.249.1) and mask=M
     /// (255.255.255.0) of the host's end, mac=MAC and host_mac=MAC (at random), mtu=N, num_queues=N (2), queue_size=N (256),
@@ -139,7 +147,6 @@ const NOT_BUILT: &[&str] = &[
     "numa",
     "pci-segment",
     "platform",
-    "rate-limit-group",
     "restore",
     "tpm",
     "user-device",
@@ -200,7 +207,7 @@ fn repeat_lists(words: &[String]) -> Vec<String> {
     while let Some(word) = words.next() {
         out.push(word.clone());
         match word.as_str() {
-            "--disk" | "--net" | "--pmem" => {
+            "--disk" | "--net" | "--pmem" | "--rate-limit-group" => {
                 out.push(
                     words
                         .next_if(|w| !is_option(w))
@@ -265,6 +272,11 @@ impl Args {
                 .disk
                 .iter()
                 .map(|text| DiskConfig::parse(text))
+                .collect::<Result<_, _>>()?,
+            rate_limit_groups: self
+                .rate_limit_group
+                .iter()
+                .map(|text| RateLimitGroupConfig::parse(text))
                 .collect::<Result<_, _>>()?,
             net: self
                 .net

@@ -232,6 +232,7 @@ impl Subject for Disk<'_> {
                 Engines::Uring => Engine::Auto,
                 Engines::Aio => Engine::Aio,
             },
+            affinity: Vec::new(),
         };
         Box::new(Block::new(config, disk).expect("a block device"))
     }

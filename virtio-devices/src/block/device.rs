@@ -11,6 +11,7 @@ use vm_virtio::{
     Activation, DeviceError, DeviceMemory, DeviceQueue, VirtioDevice, Worker, read_config_bytes,
 };
 
+use super::affinity;
 use super::config::{self, FLUSH, Facts, WRITEBACK};
 use super::queue::{Handler, Way};
 use super::shared::{BlockControl, Shared};
@@ -23,6 +24,7 @@ pub struct Block<M: GuestAddressSpace> {
     /// Ways into the disk that no worker has.
     ways: Vec<Way>,
     limiter: Option<Arc<RateLimiter>>,
+    affinity: Vec<Vec<usize>>,
     workers: Vec<Worker<Handler<M>>>,
     /// Queues that the driver did not enable, while the device works.
     idle: Vec<DeviceQueue>,
@@ -41,6 +43,7 @@ impl<M: DeviceMemory> Block<M> {
             queue_size,
             serial,
             engine,
+            affinity,
         } = config;
         if queues == 0 {
             return Err(BlockError::NoQueues(id));
@@ -51,6 +54,14 @@ impl<M: DeviceMemory> Block<M> {
                 id,
                 size: queue_size,
             });
+        }
+        for (queue, cpus) in affinity.iter().enumerate() {
+            affinity::check(cpus).map_err(|source| BlockError::Affinity {
+                id: id.clone(),
+                queue,
+                cpus: cpus.clone(),
+                source,
+            })?;
         }
         let mut padded = [0; SERIAL_LEN];
         match padded.get_mut(..serial.len()) {
@@ -87,6 +98,7 @@ impl<M: DeviceMemory> Block<M> {
             queue_sizes: vec![queue_size; usize::from(queues)],
             ways,
             limiter: None,
+            affinity,
             workers: Vec::new(),
             idle: Vec::new(),
         })
@@ -141,6 +153,8 @@ impl<M: DeviceMemory> Block<M> {
                 None => self.open()?,
             };
             let name = format!("{}_q{}", self.shared.id, queue.index());
+            let cpus = self.affinity.get(usize::from(queue.index()));
+            let spawn = affinity::bound(&activation.spawn, cpus.map_or(&[], Vec::as_slice));
             let handler = Handler::new(
                 queue,
                 way,
@@ -152,7 +166,7 @@ impl<M: DeviceMemory> Block<M> {
                 &name,
                 vec![handler],
                 activation.interrupt.clone(),
-                &activation.spawn,
+                &spawn,
             )?);
         }
         let mut driver = self.shared.driver();

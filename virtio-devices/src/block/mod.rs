@@ -1,6 +1,7 @@
 //! The block device (virtio 1.2 §5.2) over a disk of [`block_util`]: each queue has a thread and a way into the disk of its own,
 //! and data go between guest memory and disk without a copy.
 
+mod affinity;
 mod config;
 mod device;
 mod queue;
@@ -11,6 +12,8 @@ mod state;
 mod testing;
 #[cfg(test)]
 mod tests;
+
+use std::io;
 
 use block_util::{DiskError, Engine, RateLimiterError};
 use thiserror::Error;
@@ -36,6 +39,8 @@ pub struct BlockConfig {
     pub serial: String,
     /// How requests reach the kernel.
     pub engine: Engine,
+    /// CPUs of the host that each queue's thread is bound to; none, or no entry, and it may run anywhere.
+    pub affinity: Vec<Vec<usize>>,
 }
 
 /// Why a disk cannot be offered, or cannot change.
@@ -68,6 +73,19 @@ pub enum BlockError {
         /// The disk's error.
         #[source]
         source: DiskError,
+    },
+    /// A queue's thread cannot be bound.
+    #[error("binding queue {queue} of disk {id:?} to CPUs {cpus:?} of the host")]
+    Affinity {
+        /// Of the disk.
+        id: String,
+        /// Of the queue.
+        queue: usize,
+        /// CPUs asked for.
+        cpus: Vec<usize>,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
     },
     /// It cannot be limited.
     #[error("limiting the rate of disk {id:?}")]

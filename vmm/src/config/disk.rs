@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::{ConfigError, number, read_keys};
+use super::{ConfigError, RateLimitConfig, number, read_keys};
 
 const OPTION: &str = "--disk";
 const KNOWN: &[&str] = &[
@@ -18,6 +18,15 @@ const KNOWN: &[&str] = &[
     "serial",
     "id",
     "poll_queue",
+    "sparse",
+    "queue_affinity",
+    "rate_limit_group",
+    "bw_size",
+    "bw_one_time_burst",
+    "bw_refill_time",
+    "ops_size",
+    "ops_one_time_burst",
+    "ops_refill_time",
 ];
 /// Keys of the surface that come later.
 const NOT_BUILT: &[&str] = &["iommu", "vhost_user", "socket"];
@@ -25,6 +34,8 @@ const NOT_BUILT: &[&str] = &["iommu", "vhost_user", "socket"];
 const MAX_QUEUES: u16 = 256;
 /// Bytes of the answer to GET_ID (virtio 1.2 §5.2.6).
 const SERIAL_LENGTH: usize = 20;
+/// CPUs that a thread can be bound to, as the kernel's set of them has it.
+const MAX_CPUS: usize = 1024;
 
 /// What the image is.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
@@ -34,6 +45,16 @@ pub enum ImageType {
     Raw,
     /// qcow2.
     Qcow2,
+}
+
+/// CPUs of the host for a queue's thread.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct QueueAffinity {
+    /// Number of the queue, from 0.
+    pub queue_index: u16,
+    /// CPUs that it may run on.
+    pub host_cpus: Vec<usize>,
 }
 
 /// One `--disk`.
@@ -58,6 +79,14 @@ pub struct DiskConfig {
     pub serial: Option<String>,
     /// The device's name in the API.
     pub id: Option<String>,
+    /// Discarded space is given back to the host's file system.
+    pub sparse: bool,
+    /// Queues whose thread is bound to CPUs of the host.
+    pub queue_affinity: Option<Vec<QueueAffinity>>,
+    /// Limits of this disk alone.
+    pub rate_limiter_config: Option<RateLimitConfig>,
+    /// Limits that it shares with other disks: an id of `--rate-limit-group`.
+    pub rate_limit_group: Option<String>,
 }
 
 impl Default for DiskConfig {
@@ -72,6 +101,10 @@ impl Default for DiskConfig {
             backing_files: false,
             serial: None,
             id: None,
+            sparse: true,
+            queue_affinity: None,
+            rate_limiter_config: None,
+            rate_limit_group: None,
         }
     }
 }
@@ -99,6 +132,13 @@ impl DiskConfig {
                 .unwrap_or(default.backing_files),
             serial: text.text("serial").map(str::to_owned),
             id: text.text("id").map(str::to_owned),
+            sparse: text.toggle("sparse")?.unwrap_or(default.sparse),
+            queue_affinity: text
+                .list("queue_affinity")?
+                .map(|list| list.iter().map(|one| affinity(one)).collect())
+                .transpose()?,
+            rate_limiter_config: RateLimitConfig::parse(OPTION, &text)?,
+            rate_limit_group: text.text("rate_limit_group").map(str::to_owned),
         })
     }
 
@@ -127,8 +167,73 @@ impl DiskConfig {
                 "serial={serial} is wrong; up to {SERIAL_LENGTH} ASCII characters are allowed"
             ));
         }
+        if let Some(limits) = &self.rate_limiter_config {
+            limits.validate(OPTION)?;
+            if let Some(group) = &self.rate_limit_group {
+                return wrong(format!(
+                    "rate_limit_group={group} and limits of its own exclude each other"
+                ));
+            }
+        }
+        let mut bound: Vec<u16> = Vec::new();
+        for affinity in self.queue_affinity.iter().flatten() {
+            let queue = affinity.queue_index;
+            if queue >= self.num_queues {
+                return wrong(format!(
+                    "queue_affinity: there is no queue {queue}; num_queues={}",
+                    self.num_queues
+                ));
+            }
+            if affinity.host_cpus.is_empty() || bound.contains(&queue) {
+                return wrong(format!(
+                    "queue_affinity: queue {queue} needs CPUs, told once"
+                ));
+            }
+            bound.push(queue);
+        }
         Ok(())
     }
+
+    /// CPUs of each queue; none where it may run anywhere.
+    pub fn cpus_of_queues(&self) -> Vec<Vec<usize>> {
+        let mut cpus = vec![Vec::new(); usize::from(self.num_queues)];
+        for affinity in self.queue_affinity.iter().flatten() {
+            if let Some(place) = cpus.get_mut(usize::from(affinity.queue_index)) {
+                place.clone_from(&affinity.host_cpus);
+            }
+        }
+        cpus
+    }
+}
+
+/// Reads `0@[1,2,4-7]`.
+fn affinity(text: &str) -> Result<QueueAffinity, ConfigError> {
+    let read = || {
+        let (queue, cpus) = text.split_once('@')?;
+        let cpus = match cpus.strip_prefix('[') {
+            Some(rest) => rest.strip_suffix(']')?,
+            None => cpus,
+        };
+        let mut host_cpus = Vec::new();
+        for part in cpus.split(',') {
+            let (first, last) = part.split_once('-').unwrap_or((part, part));
+            let (first, last) = (first.parse::<usize>().ok()?, last.parse().ok()?);
+            if first > last || last >= MAX_CPUS {
+                return None;
+            }
+            host_cpus.extend(first..=last);
+        }
+        Some(QueueAffinity {
+            queue_index: queue.parse().ok()?,
+            host_cpus,
+        })
+    };
+    read().ok_or_else(|| {
+        let what = format!(
+            "queue_affinity={text} is wrong; a queue and CPUs below {MAX_CPUS} such as [0@[1,2],1@[4-7]] are allowed"
+        );
+        ConfigError::value(OPTION, what)
+    })
 }
 
 #[cfg(test)]
@@ -157,6 +262,22 @@ mod tests {
     }
 
     #[test]
+    fn limits_and_cpus_are_read() {
+        let text = "path=/a,num_queues=3,sparse=off,queue_affinity=[0@[1,2],2@[4-6,9]],bw_size=1M,bw_refill_time=100";
+        let disk = checked(text).unwrap();
+        assert!(!disk.sparse);
+        assert_eq!(
+            disk.cpus_of_queues(),
+            [vec![1, 2], vec![], vec![4, 5, 6, 9]]
+        );
+        let limits = disk.rate_limiter_config.unwrap();
+        assert_eq!(limits.bandwidth.unwrap().size, 1 << 20);
+        assert_eq!(checked("path=/a").unwrap().cpus_of_queues(), [vec![]]);
+        let disk = checked("path=/a,rate_limit_group=g").unwrap();
+        assert_eq!(disk.rate_limit_group.unwrap(), "g");
+    }
+
+    #[test]
     fn mistakes_say_what_would_do() {
         for wrong in [
             "",
@@ -169,6 +290,16 @@ mod tests {
             "path=/a,iommu=on",
             "path=/a,socket=/s",
             "path=/a,colour=red",
+            "path=/a,sparse=maybe",
+            "path=/a,bw_size=1M",
+            "path=/a,ops_size=0,ops_refill_time=10",
+            "path=/a,rate_limit_group=g,ops_size=1,ops_refill_time=10",
+            "path=/a,queue_affinity=[0]",
+            "path=/a,queue_affinity=[0@[]]",
+            "path=/a,queue_affinity=[0@[2-1]]",
+            "path=/a,queue_affinity=[0@[1024]]",
+            "path=/a,queue_affinity=[1@[0]]",
+            "path=/a,queue_affinity=[0@[0],0@[1]]",
         ] {
             let error = checked(wrong).unwrap_err();
             assert!(error.starts_with("--disk: "), "{error}");

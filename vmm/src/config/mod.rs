@@ -12,18 +12,20 @@ mod net;
 mod payload;
 mod pmem;
 mod rate_limit;
+mod rate_limit_group;
 mod rng;
 mod vsock;
 
 pub use balloon::BalloonConfig;
 pub use console::{ConsoleConfig, ConsoleMode};
 pub use cpus::{CpuTopologyConfig, CpusConfig};
-pub use disk::{DiskConfig, ImageType};
+pub use disk::{DiskConfig, ImageType, QueueAffinity};
 pub use memory::{HOTPLUG_ALIGNMENT, HOTPLUG_BLOCK, HotplugMethod, MemoryConfig};
 pub use net::{DEFAULT_IP, NetConfig};
 pub use payload::PayloadConfig;
 pub use pmem::{PMEM_ALIGNMENT, PmemConfig};
 pub use rate_limit::{RateLimitConfig, TokenBucketConfig};
+pub use rate_limit_group::RateLimitGroupConfig;
 pub use rng::RngConfig;
 pub use vsock::VsockConfig;
 
@@ -101,6 +103,8 @@ pub struct VmConfig {
     pub console: Option<ConsoleConfig>,
     /// Disks, in the order in which the guest finds them.
     pub disks: Vec<DiskConfig>,
+    /// Limits that disks share.
+    pub rate_limit_groups: Vec<RateLimitGroupConfig>,
     /// Network devices, in the order in which the guest finds them.
     pub net: Vec<NetConfig>,
     /// Entropy.
@@ -147,6 +151,8 @@ impl VmConfig {
         for disk in &self.disks {
             disk.validate()?;
         }
+        let limited = self.disks.iter().filter_map(|d| d.rate_limit_group.as_deref());
+        rate_limit_group::validate(&self.rate_limit_groups, limited.map(|g| ("--disk", g)))?;
         for net in &self.net {
             net.validate()?;
         }
@@ -208,7 +214,10 @@ mod tests {
             }),
             serial: ConsoleConfig::parse("--serial", "file=/tmp/out").unwrap(),
             console: Some(ConsoleConfig::parse("--console", "null").unwrap()),
-            disks: vec![DiskConfig::parse("path=/d,id=a").unwrap()],
+            disks: vec![DiskConfig::parse("path=/d,id=a,rate_limit_group=g,queue_affinity=[0@[1]]").unwrap()],
+            rate_limit_groups: vec![
+                RateLimitGroupConfig::parse("id=g,bw_size=1,bw_refill_time=1").unwrap(),
+            ],
             net: vec![NetConfig::parse("tap=t,mtu=1400").unwrap()],
             rng: RngConfig::parse("src=/dev/random").unwrap(),
             pmem: vec![PmemConfig::parse("file=/p,size=2M").unwrap()],

@@ -51,7 +51,7 @@ pub fn open(
             let options = RawOptions {
                 read_only: config.readonly,
                 direct: config.direct,
-                sparse: true,
+                sparse: config.sparse,
                 protect_format: told.is_none(),
             };
             let disk = RawDisk::open(&config.path, &options)?;

@@ -31,6 +31,7 @@ fn config() -> BlockConfig {
         queue_size: 128,
         serial: "serial".into(),
         engine: Engine::Auto,
+        affinity: Vec::new(),
     }
 }
 

@@ -1,13 +1,14 @@
 //! `--disk`: block devices.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
-use block_util::Engine;
+use block_util::{Engine, RateLimiter, RateLimiterError};
 use virtio_devices::{Block, BlockConfig, BlockControl, SERIAL_LEN};
 use vm_virtio::Spawn;
 
 use super::{DeviceError, Memory, VirtioHost};
-use crate::config::{DiskConfig, VmConfig};
+use crate::config::{DiskConfig, RateLimitConfig, VmConfig};
 use crate::disk;
 
 const OPTION: &str = "--disk";
@@ -17,15 +18,43 @@ pub(super) fn add(
     host: &VirtioHost<'_>,
     config: &VmConfig,
 ) -> Result<BTreeMap<String, BlockControl>, DeviceError> {
+    let groups = groups(config)?;
     let mut controls = BTreeMap::new();
     for (index, disk) in config.disks.iter().enumerate() {
         let id = disk.id.clone().unwrap_or_else(|| format!("_disk{index}"));
-        let block = block(&id, disk, &host.spawn)?;
+        let mut block = block(&id, disk, &host.spawn)?;
+        if let Some(limiter) = limiter(disk, &groups)? {
+            block.limit(limiter).map_err(DeviceError::option(OPTION))?;
+        }
         let control = block.control();
         host.add(&id, Box::new(block))?;
         controls.insert(id, control);
     }
     Ok(controls)
+}
+
+/// The limiters that disks share, by the id of their group.
+fn groups(config: &VmConfig) -> Result<BTreeMap<&str, Arc<RateLimiter>>, DeviceError> {
+    let limiter = |limits: &RateLimitConfig| RateLimiter::new(&limits.limiter()).map(Arc::new);
+    let all: Result<_, RateLimiterError> = config
+        .rate_limit_groups
+        .iter()
+        .map(|group| Ok((group.id.as_str(), limiter(&group.rate_limiter_config)?)))
+        .collect();
+    all.map_err(DeviceError::option("--rate-limit-group"))
+}
+
+/// What limits a disk. That its group is there was checked with the config.
+fn limiter(
+    disk: &DiskConfig,
+    groups: &BTreeMap<&str, Arc<RateLimiter>>,
+) -> Result<Option<Arc<RateLimiter>>, DeviceError> {
+    if let Some(limits) = &disk.rate_limiter_config {
+        let own = RateLimiter::new(&limits.limiter()).map_err(DeviceError::option(OPTION))?;
+        return Ok(Some(Arc::new(own)));
+    }
+    let group = disk.rate_limit_group.as_deref();
+    Ok(group.and_then(|id| groups.get(id)).cloned())
 }
 
 /// A block device on the disk of `config`, which is opened and locked.
@@ -44,6 +73,7 @@ fn block(id: &str, config: &DiskConfig, spawn: &Spawn) -> Result<Block<Memory>, 
                 .collect()
         }),
         engine: Engine::Auto,
+        affinity: config.cpus_of_queues(),
     };
     Block::new(block, disk).map_err(DeviceError::option(OPTION))
 }

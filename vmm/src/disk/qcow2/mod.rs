@@ -67,7 +67,13 @@ impl QcowDisk {
         let options = qcow::OpenOptions::new()
             .write(!config.readonly)
             .follow_backing(config.backing_files)
-            .follow_data_file(config.backing_files);
+            .follow_data_file(config.backing_files)
+            .punch_holes(config.sparse);
+        if config.direct {
+            log::warn!(
+                "--disk: direct=on does nothing for {path:?}, a qcow2 image: its metadata is in the page cache"
+            );
+        }
         let image = Image::open(&path, &options).map_err(|source| DiskError::Format {
             path: path.clone(),
             source: Box::new(source),

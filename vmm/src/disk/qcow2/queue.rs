@@ -171,14 +171,21 @@ impl QcowIo {
         if slot.left > 0 {
             return None;
         }
-        let slot = std::mem::take(slot);
+        let Slot {
+            user_data,
+            hold,
+            error,
+            flush,
+            ..
+        } = std::mem::take(slot);
         self.free.push(index);
-        if slot.flush && slot.error.is_some() {
+        drop(hold);
+        if flush && error.is_some() {
             self.shared.image.flush_failed();
         }
         Some(Completion {
-            user_data: slot.user_data,
-            result: slot.error.map_or(Ok(()), Err),
+            user_data,
+            result: error.map_or(Ok(()), Err),
         })
     }
 }
