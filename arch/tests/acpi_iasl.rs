@@ -10,7 +10,7 @@ use std::process::{Command, Output};
 
 use arch::acpi::{
     AcpiConfig, AddressRange, Cpu, Ged, MemoryHotplug, PCI_SLOTS, PciHost, PciSegment, Serial,
-    VirtioMmio, build,
+    Viot, VirtioMmio, build,
 };
 
 fn iasl(directory: &Path, arguments: &[&str]) -> Output {
@@ -163,4 +163,15 @@ fn x2apic_and_a_second_segment_above_4_gib_compile() {
         ..pci.segments[0].clone()
     });
     check("large", &config);
+}
+
+#[test]
+fn a_virtual_iommu_disassembles() {
+    let mut config = with_pci(machine(1, 1), None);
+    config.viot = Some(Viot {
+        segment: 0,
+        iommu: 0x08,
+        endpoints: vec![0x10, 0x18],
+    });
+    check("viot", &config);
 }

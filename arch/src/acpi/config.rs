@@ -98,6 +98,20 @@ pub struct AcpiConfig {
     pub pci: Option<PciHost>,
     /// Virtio devices that are on no bus.
     pub virtio_mmio: Vec<VirtioMmio>,
+    /// The virtual IOMMU.
+    pub viot: Option<Viot>,
+}
+
+/// The virtual IOMMU on PCI, and the functions behind it. Each function is told as bus << 8 | device << 3 | function, which is
+/// the number that the IOMMU has for it too.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Viot {
+    /// Segment of all of them.
+    pub segment: u16,
+    /// The IOMMU itself.
+    pub iommu: u16,
+    /// Those behind it.
+    pub endpoints: Vec<u16>,
 }
 
 /// One CPU.

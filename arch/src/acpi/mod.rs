@@ -1,5 +1,5 @@
 //! ACPI for a hardware-reduced machine (ACPI 6.5 §4.1, §5.2): from a plain description to the bytes of
-//! RSDP, XSDT, FADT, MADT, MCFG and DSDT, placed below 1 MiB.
+//! RSDP, XSDT, FADT, MADT, MCFG, VIOT and DSDT, placed below 1 MiB.
 //!
 //! ```
 //! use arch::acpi::{AcpiConfig, Cpu, Serial, build};
@@ -21,6 +21,7 @@ mod madt;
 pub mod registers;
 #[cfg(test)]
 mod tests;
+mod viot;
 
 use crate::layout;
 use acpi_tables::Aml;
@@ -29,7 +30,7 @@ use acpi_tables::rsdp::Rsdp;
 use acpi_tables::xsdt::XSDT;
 pub use config::{
     AcpiConfig, AddressRange, Cpu, Error, Ged, MAX_CPUS, MAX_MEMORY_SLOTS, MemoryHotplug,
-    PCI_SLOTS, PciHost, PciSegment, Serial, VirtioMmio,
+    PCI_SLOTS, PciHost, PciSegment, Serial, Viot, VirtioMmio,
 };
 
 /// Guest-physical address of the RSDP; the other tables follow it.
@@ -107,6 +108,9 @@ pub fn build(config: &AcpiConfig) -> Result<AcpiTables, Error> {
     ];
     if let Some(pci) = &config.pci {
         listed.push(area.place(*b"MCFG", &mcfg(pci)));
+    }
+    if let Some(viot) = &config.viot {
+        listed.push(area.place(*b"VIOT", &viot::build(viot)));
     }
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     for address in listed {

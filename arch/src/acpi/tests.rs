@@ -66,6 +66,11 @@ fn full(boot: u32, max: u32) -> AcpiConfig {
             address: 0xe001_0000,
             gsi: 17,
         }],
+        viot: Some(Viot {
+            segment: 0,
+            iommu: 0x08,
+            endpoints: vec![0x10],
+        }),
     }
 }
 
@@ -101,7 +106,7 @@ fn every_table_has_its_length_and_checksum_and_is_pointed_at() {
     let listed: Vec<&[u8]> = (0..entries)
         .map(|n| &at(u64_at(xsdt, 36 + 8 * n))[..4])
         .collect();
-    assert_eq!(listed, [b"FACP", b"APIC", b"MCFG"]);
+    assert_eq!(listed, [b"FACP", b"APIC", b"MCFG", b"VIOT"]);
     let fadt = tables.table(b"FACP").unwrap();
     assert_eq!(&at(u64_at(fadt, 140))[..4], b"DSDT");
 }

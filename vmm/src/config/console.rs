@@ -26,6 +26,8 @@ pub enum ConsoleMode {
 pub struct ConsoleConfig {
     /// Where its bytes go.
     pub mode: ConsoleMode,
+    /// Behind the virtual IOMMU.
+    pub iommu: bool,
 }
 
 /// Its JSON form: the mode's name, and the file of that one which has a file.
@@ -35,6 +37,8 @@ struct ConsoleJson {
     mode: ModeName,
     #[serde(skip_serializing_if = "Option::is_none")]
     file: Option<PathBuf>,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    iommu: bool,
 }
 
 #[derive(Default, Deserialize, Serialize)]
@@ -58,7 +62,10 @@ impl TryFrom<ConsoleJson> for ConsoleConfig {
             (ModeName::Null, None) => ConsoleMode::Null,
             (ModeName::Tty, None) => ConsoleMode::Tty,
         };
-        Ok(Self { mode })
+        Ok(Self {
+            mode,
+            iommu: json.iommu,
+        })
     }
 }
 
@@ -70,13 +77,27 @@ impl From<ConsoleConfig> for ConsoleJson {
             ConsoleMode::Tty => (ModeName::Tty, None),
             ConsoleMode::File(file) => (ModeName::File, Some(file)),
         };
-        Self { mode, file }
+        Self {
+            mode,
+            file,
+            iommu: config.iommu,
+        }
     }
 }
 
 impl ConsoleConfig {
-    /// Reads `off`, `null`, `tty` or `file=PATH`.
+    /// Reads `off`, `null`, `tty` or `file=PATH`, with `,iommu=on` or `,iommu=off` behind it or not.
     pub fn parse(option: &'static str, text: &str) -> Result<Self, ConfigError> {
+        let (text, iommu) = match text.rsplit_once(",iommu=") {
+            Some((mode, toggle)) => match option_parser::parse_toggle(toggle) {
+                Some(iommu) => (mode, iommu),
+                None => {
+                    let what = format!("iommu={toggle} is wrong; on or off is allowed");
+                    return Err(ConfigError::value(option, what));
+                }
+            },
+            None => (text, false),
+        };
         let mode = match text.split_once('=') {
             None if text == "off" => ConsoleMode::Off,
             None if text == "null" || text.is_empty() => ConsoleMode::Null,
@@ -95,7 +116,7 @@ impl ConsoleConfig {
                 ));
             }
         };
-        Ok(Self { mode })
+        Ok(Self { mode, iommu })
     }
 }
 

@@ -8,6 +8,7 @@ use super::{ConfigError, RateLimitConfig, number, read_keys};
 
 const OPTION: &str = "--disk";
 const KNOWN: &[&str] = &[
+    "iommu",
     "path",
     "readonly",
     "direct",
@@ -29,7 +30,7 @@ const KNOWN: &[&str] = &[
     "ops_refill_time",
 ];
 /// Keys of the surface that come later.
-const NOT_BUILT: &[&str] = &["iommu", "vhost_user", "socket"];
+const NOT_BUILT: &[&str] = &["vhost_user", "socket"];
 /// Most queues of a disk.
 const MAX_QUEUES: u16 = 256;
 /// Bytes of the answer to GET_ID (virtio 1.2 §5.2.6).
@@ -79,6 +80,8 @@ pub struct DiskConfig {
     pub serial: Option<String>,
     /// The device's name in the API.
     pub id: Option<String>,
+    /// Behind the virtual IOMMU.
+    pub iommu: bool,
     /// Discarded space is given back to the host's file system.
     pub sparse: bool,
     /// Queues whose thread is bound to CPUs of the host.
@@ -101,6 +104,7 @@ impl Default for DiskConfig {
             backing_files: false,
             serial: None,
             id: None,
+            iommu: false,
             sparse: true,
             queue_affinity: None,
             rate_limiter_config: None,
@@ -132,6 +136,7 @@ impl DiskConfig {
                 .unwrap_or(default.backing_files),
             serial: text.text("serial").map(str::to_owned),
             id: text.text("id").map(str::to_owned),
+            iommu: text.toggle("iommu")?.unwrap_or(default.iommu),
             sparse: text.toggle("sparse")?.unwrap_or(default.sparse),
             queue_affinity: text
                 .list("queue_affinity")?
@@ -272,7 +277,7 @@ mod tests {
         );
         let limits = disk.rate_limiter_config.unwrap();
         assert_eq!(limits.bandwidth.unwrap().size, 1 << 20);
-        assert_eq!(checked("path=/a").unwrap().cpus_of_queues(), [vec![]]);
+        assert_eq!(checked("path=/a").unwrap().cpus_of_queues(), [Vec::<usize>::new()]);
         let disk = checked("path=/a,rate_limit_group=g").unwrap();
         assert_eq!(disk.rate_limit_group.unwrap(), "g");
     }
@@ -287,7 +292,7 @@ mod tests {
             "path=/a,queue_size=2",
             "path=/a,image_type=vmdk",
             "path=/a,serial=123456789012345678901",
-            "path=/a,iommu=on",
+            "path=/a,iommu=2",
             "path=/a,socket=/s",
             "path=/a,colour=red",
             "path=/a,sparse=maybe",

@@ -131,6 +131,16 @@ impl VmConfig {
         }
     }
 
+    /// Whether a device is to be behind the virtual IOMMU.
+    pub fn wants_iommu(&self) -> bool {
+        self.rng.iommu
+            || self.console.as_ref().is_some_and(|console| console.iommu)
+            || self.vsock.as_ref().is_some_and(|vsock| vsock.iommu)
+            || self.disks.iter().any(|disk| disk.iommu)
+            || self.net.iter().any(|net| net.iommu)
+            || self.pmem.iter().any(|pmem| pmem.iommu)
+    }
+
     /// Checks the rules that span options, and each option's own.
     pub fn validate(&self) -> Result<(), ConfigError> {
         self.cpus.validate()?;
@@ -147,6 +157,10 @@ impl VmConfig {
                 "--console",
                 "tty is taken by --serial; only one of them can be the terminal",
             ));
+        }
+        if self.serial.iommu {
+            let what = "iommu=on is wrong; COM1 reaches no memory";
+            return Err(ConfigError::value("--serial", what));
         }
         for disk in &self.disks {
             disk.validate()?;
@@ -257,6 +271,43 @@ mod tests {
             config.validate().unwrap();
             assert_eq!(*config.console_mode(), mode);
         }
+    }
+
+    #[test]
+    fn any_device_behind_the_iommu_brings_it() {
+        let config = |change: &dyn Fn(&mut VmConfig)| {
+            let mut config = VmConfig {
+                payload: Some(PayloadConfig {
+                    kernel: "/k".into(),
+                    ..PayloadConfig::default()
+                }),
+                ..VmConfig::default()
+            };
+            change(&mut config);
+            config.validate().map_err(|e| e.to_string())?;
+            Ok::<_, String>(config.wants_iommu())
+        };
+        assert_eq!(config(&|_| {}), Ok(false));
+        let console = |text| ConsoleConfig::parse("--console", text).unwrap();
+        for change in [
+            &(|c: &mut VmConfig| c.rng = RngConfig::parse("iommu=on").unwrap())
+                as &dyn Fn(&mut VmConfig),
+            &|c| c.console = Some(console("null,iommu=on")),
+            &|c| c.disks = vec![DiskConfig::parse("path=/d,iommu=on").unwrap()],
+            &|c| c.net = vec![NetConfig::parse("iommu=true").unwrap()],
+            &|c| c.pmem = vec![PmemConfig::parse("file=/p,iommu=on").unwrap()],
+            &|c| c.vsock = Some(VsockConfig::parse("cid=3,socket=/v,iommu=on").unwrap()),
+        ] {
+            assert_eq!(config(change), Ok(true));
+        }
+        assert_eq!(
+            config(&|c| c.console = Some(console("null,iommu=off"))),
+            Ok(false)
+        );
+        let error = config(&|c| c.serial = console("null,iommu=on")).unwrap_err();
+        assert!(error.starts_with("--serial: iommu=on"), "{error}");
+        let error = ConsoleConfig::parse("--console", "tty,iommu=2").unwrap_err();
+        assert!(error.to_string().starts_with("--console: iommu=2"));
     }
 
     #[test]

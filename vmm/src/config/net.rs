@@ -9,6 +9,7 @@ use super::{ConfigError, RateLimitConfig, number, read_keys};
 
 const OPTION: &str = "--net";
 const KNOWN: &[&str] = &[
+    "iommu",
     "tap",
     "ip",
     "mask",
@@ -30,7 +31,7 @@ const KNOWN: &[&str] = &[
     "ops_refill_time",
 ];
 /// Keys of the surface that come later.
-const NOT_BUILT: &[&str] = &["iommu", "vhost_user", "socket"];
+const NOT_BUILT: &[&str] = &["vhost_user", "socket"];
 /// Most queues: 128 pairs.
 const MAX_QUEUES: u16 = 256;
 /// Names of interfaces have up to 15 bytes (IFNAMSIZ of Linux).
@@ -65,6 +66,8 @@ pub struct NetConfig {
     pub queue_size: u16,
     /// The device's name in the API.
     pub id: Option<String>,
+    /// Behind the virtual IOMMU.
+    pub iommu: bool,
     /// Descriptors of a tap that whoever starts the VMM has opened, one a pair of queues.
     #[serde(rename = "fds")]
     pub fd: Option<Vec<i32>>,
@@ -90,6 +93,7 @@ impl Default for NetConfig {
             num_queues: 2,
             queue_size: 256,
             id: None,
+            iommu: false,
             fd: None,
             offload_tso: true,
             offload_ufo: true,
@@ -131,6 +135,7 @@ impl NetConfig {
             num_queues: number(&text, "num_queues", 2, MAX_QUEUES)?.unwrap_or(default.num_queues),
             queue_size: number(&text, "queue_size", 1, 32768)?.unwrap_or(default.queue_size),
             id: text.text("id").map(str::to_owned),
+            iommu: text.toggle("iommu")?.unwrap_or(default.iommu),
             fd: fd.transpose()?,
             offload_tso: text.toggle("offload_tso")?.unwrap_or(default.offload_tso),
             offload_ufo: text.toggle("offload_ufo")?.unwrap_or(default.offload_ufo),

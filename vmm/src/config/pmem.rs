@@ -7,9 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::{ConfigError, read_keys};
 
 const OPTION: &str = "--pmem";
-const KNOWN: &[&str] = &["file", "size", "mergeable", "discard_writes", "id"];
-/// Keys of the surface that come later.
-const NOT_BUILT: &[&str] = &["iommu"];
+const KNOWN: &[&str] = &["file", "size", "mergeable", "discard_writes", "iommu", "id"];
 
 /// The size is a multiple of this, and so is the address in the guest.
 pub const PMEM_ALIGNMENT: u64 = 2 << 20;
@@ -26,6 +24,8 @@ pub struct PmemConfig {
     pub mergeable: bool,
     /// What the guest writes stays in memory and never reaches the file.
     pub discard_writes: bool,
+    /// Behind the virtual IOMMU.
+    pub iommu: bool,
     /// The device's name in the API.
     pub id: Option<String>,
 }
@@ -33,12 +33,13 @@ pub struct PmemConfig {
 impl PmemConfig {
     /// Reads `file=/pmem,size=1G`.
     pub fn parse(text: &str) -> Result<Self, ConfigError> {
-        let text = read_keys(OPTION, KNOWN, NOT_BUILT, text)?;
+        let text = read_keys(OPTION, KNOWN, &[], text)?;
         Ok(Self {
             file: text.required("file")?.into(),
             size: text.size("size")?,
             mergeable: text.toggle("mergeable")?.unwrap_or_default(),
             discard_writes: text.toggle("discard_writes")?.unwrap_or_default(),
+            iommu: text.toggle("iommu")?.unwrap_or_default(),
             id: text.text("id").map(str::to_owned),
         })
     }
@@ -92,7 +93,7 @@ mod tests {
             "file=/a,size=0",
             "file=/a,size=x",
             "file=/a,discard_writes=perhaps",
-            "file=/a,iommu=on",
+            "file=/a,iommu=2",
             "file=/a,path=/b",
         ] {
             let error = checked(wrong).unwrap_err();

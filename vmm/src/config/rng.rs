@@ -15,12 +15,15 @@ const OPTION: &str = "--rng";
 pub struct RngConfig {
     /// A file whose bytes are random.
     pub src: PathBuf,
+    /// Behind the virtual IOMMU.
+    pub iommu: bool,
 }
 
 impl Default for RngConfig {
     fn default() -> Self {
         Self {
             src: "/dev/urandom".into(),
+            iommu: false,
         }
     }
 }
@@ -29,12 +32,10 @@ impl RngConfig {
     /// Reads `src=/dev/urandom`.
     pub fn parse(text: &str) -> Result<Self, ConfigError> {
         let text = OptionText::parse(OPTION, &["src", "iommu"], text)?;
-        if text.toggle("iommu")? == Some(true) {
-            return Err(ConfigError::not_built(OPTION, "iommu"));
-        }
-        Ok(match text.text("src") {
-            Some(src) => Self { src: src.into() },
-            None => Self::default(),
+        let default = Self::default();
+        Ok(Self {
+            src: text.text("src").map_or(default.src, PathBuf::from),
+            iommu: text.toggle("iommu")?.unwrap_or(default.iommu),
         })
     }
 }
@@ -52,7 +53,7 @@ mod tests {
 
     #[test]
     fn mistakes_are_named() {
-        for wrong in ["iommu=on", "source=/x"] {
+        for wrong in ["iommu=2", "source=/x"] {
             let error = RngConfig::parse(wrong).unwrap_err().to_string();
             assert!(error.starts_with("--rng: "), "{error}");
         }

@@ -8,9 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::{ConfigError, read_keys};
 
 const OPTION: &str = "--vsock";
-const KNOWN: &[&str] = &["cid", "socket", "id"];
-/// Keys of the surface that come later.
-const NOT_BUILT: &[&str] = &["iommu"];
+const KNOWN: &[&str] = &["cid", "socket", "iommu", "id"];
 /// Context ids below are reserved (virtio 1.2 §5.10.4), and the one above is for any.
 const FIRST_CID: u32 = 3;
 const LAST_CID: u32 = u32::MAX - 1;
@@ -25,6 +23,9 @@ pub struct VsockConfig {
     pub cid: u32,
     /// Where programs of the host connect to; nothing may be there.
     pub socket: PathBuf,
+    /// Behind the virtual IOMMU.
+    #[serde(default)]
+    pub iommu: bool,
     /// The device's name in the API.
     #[serde(default)]
     pub id: Option<String>,
@@ -33,13 +34,14 @@ pub struct VsockConfig {
 impl VsockConfig {
     /// Reads `cid=3,socket=PATH`.
     pub fn parse(text: &str) -> Result<Self, ConfigError> {
-        let text = read_keys(OPTION, KNOWN, NOT_BUILT, text)?;
+        let text = read_keys(OPTION, KNOWN, &[], text)?;
         let cid = text
             .number("cid", FIRST_CID.into(), LAST_CID.into())?
             .and_then(|cid| u32::try_from(cid).ok());
         Ok(Self {
             cid: cid.ok_or_else(|| ConfigError::value(OPTION, "cid is missing"))?,
             socket: text.required("socket")?.into(),
+            iommu: text.toggle("iommu")?.unwrap_or_default(),
             id: text.text("id").map(str::to_owned),
         })
     }
@@ -76,6 +78,7 @@ mod tests {
         let wanted = VsockConfig {
             cid: 3,
             socket: "/run/v".into(),
+            iommu: false,
             id: Some("v0".into()),
         };
         assert_eq!(vsock, wanted);
@@ -92,7 +95,7 @@ mod tests {
             ("cid=2,socket=/v", "cid=2"),
             ("cid=4294967295,socket=/v", "cid=4294967295"),
             ("cid=x,socket=/v", "cid=x"),
-            ("cid=3,socket=/v,iommu=on", "iommu is not built yet"),
+            ("cid=3,socket=/v,iommu=2", "iommu"),
             ("cid=3,socket=/v,port=1", "port"),
         ] {
             let error = VsockConfig::parse(text).unwrap_err().to_string();

@@ -132,6 +132,7 @@ pub struct DeviceManager {
     ged: arch::acpi::Ged,
     events: Arc<Mutex<Ged>>,
     virtio: Vec<(u8, Arc<VirtioPciDevice<virtio::Memory>>)>,
+    viot: Option<arch::acpi::Viot>,
     disks: BTreeMap<String, BlockControl>,
     pci: Pci,
     #[cfg(feature = "mmio")]
@@ -236,6 +237,7 @@ impl DeviceManager {
             mem: handles.mem,
             boot_ram: config.memory.size,
             pmem_files: handles.pmem,
+            viot: handles.viot,
             input: Input::of(config),
         })
     }
@@ -255,6 +257,7 @@ impl DeviceManager {
         acpi.ged = Some(self.ged);
         acpi.serial = self.serial.as_ref().map(|_| legacy::SERIAL);
         acpi.pci = Some(self.pci.describe());
+        acpi.viot = self.viot.clone();
         #[cfg(feature = "mmio")]
         acpi.virtio_mmio.extend(self.mmio.describe());
     }

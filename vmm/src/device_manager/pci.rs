@@ -59,6 +59,12 @@ impl Pci {
         Ok(this)
     }
 
+    /// The lowest slot without a device.
+    pub(super) fn free_slot(&self) -> Option<u8> {
+        let taken = self.bus.taken_slots();
+        (0..pci::SLOTS).find(|slot| taken & 1 << slot == 0)
+    }
+
     /// Puts a device on the bus and gives its slot.
     pub(super) fn add(
         &self,

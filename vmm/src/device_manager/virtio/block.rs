@@ -27,7 +27,7 @@ pub(super) fn add(
             block.limit(limiter).map_err(DeviceError::option(OPTION))?;
         }
         let control = block.control();
-        host.add(&id, Box::new(block))?;
+        host.add_behind(&id, Box::new(block), disk.iommu)?;
         controls.insert(id, control);
     }
     Ok(controls)

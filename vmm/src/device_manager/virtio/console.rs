@@ -38,6 +38,7 @@ pub(super) fn add(
     let console =
         Console::new(id, output, input.clone(), size).map_err(DeviceError::option("--console"))?;
     let handle = console.handle();
-    host.add(id, Box::new(console))?;
+    let iommu = config.console.as_ref().is_some_and(|c| c.iommu);
+    host.add_behind(id, Box::new(console), iommu)?;
     Ok(Some(ConsoleEnds { input, handle }))
 }

@@ -5,6 +5,7 @@
 mod balloon;
 mod block;
 mod console;
+mod iommu;
 mod mem;
 mod net;
 mod pmem;
@@ -12,17 +13,19 @@ mod rng;
 mod vsock;
 mod watchdog;
 
-use std::cell::RefCell;
+use std::cell::{OnceCell, RefCell};
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
 
+use arch::acpi::Viot;
 use hypervisor::{IoEventAddress, Vm};
 use virtio_devices::BlockControl;
+use virtio_devices::iommu::EndpointMemory;
 use virtio_devices::transport::pci::{Host, Notifications, VirtioPciDevice};
 use virtio_devices::{BalloonControl, MemControl};
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
-use vm_virtio::{Job, Spawn, VirtioDevice};
+use vm_virtio::{Job, Spawn, VirtioDevice, feature};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::DeviceError;
@@ -37,8 +40,10 @@ use crate::threads;
 
 pub(super) use console::ConsoleEnds;
 
-/// Guest memory as virtio devices hold it.
-pub(super) type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
+/// Guest memory.
+type Ram = GuestMemoryAtomic<GuestMemoryMmap>;
+/// Guest memory as virtio devices hold it: all of it, or what the virtual IOMMU lets them see.
+pub(super) type Memory = EndpointMemory<Ram>;
 
 /// What the machine keeps of virtio devices.
 pub(super) struct Handles {
@@ -54,6 +59,8 @@ pub(super) struct Handles {
     pub mem: Option<MemControl>,
     /// The files of persistent memory, as they were.
     pub pmem: Vec<Before>,
+    /// What the guest is told of the virtual IOMMU, if there is one.
+    pub viot: Option<Viot>,
 }
 
 /// What every virtio device gets.
@@ -68,6 +75,8 @@ pub(super) struct VirtioHost<'a> {
     /// Instead of PCI.
     #[cfg(feature = "mmio")]
     mmio: Option<&'a super::mmio::Mmio>,
+    /// The virtual IOMMU, once it is there.
+    iommu: OnceCell<iommu::Behind>,
     devices: RefCell<Vec<(u8, Arc<VirtioPciDevice<Memory>>)>>,
 }
 
@@ -95,6 +104,7 @@ impl<'a> VirtioHost<'a> {
             pci,
             #[cfg(feature = "mmio")]
             mmio: None,
+            iommu: OnceCell::new(),
             devices: RefCell::default(),
         })
     }
@@ -112,6 +122,7 @@ impl<'a> VirtioHost<'a> {
         config: &VmConfig,
         outputs: &Outputs,
     ) -> Result<Handles, DeviceError> {
+        iommu::add(self, config)?;
         let disks = block::add(self, config)?;
         net::add(self, config)?;
         rng::add(self, config)?;
@@ -125,17 +136,41 @@ impl<'a> VirtioHost<'a> {
             mem,
             pmem: pmem::add(self, config)?,
             disks,
+            viot: self.iommu.get().map(iommu::Behind::describe),
             devices: self.devices.take(),
         })
     }
 
+    /// The slot of the next device, if there is one. None where devices are not on PCI.
+    fn free_slot(&self) -> Option<u8> {
+        #[cfg(feature = "mmio")]
+        if self.mmio.is_some() {
+            return None;
+        }
+        self.pci.free_slot()
+    }
+
     /// Puts `device` on the bus.
     fn add(&self, id: &str, device: Box<dyn VirtioDevice<Memory>>) -> Result<(), DeviceError> {
+        self.add_behind(id, device, false)
+    }
+
+    /// Puts `device` on the bus, and behind the IOMMU if `iommu` says so.
+    fn add_behind(
+        &self,
+        id: &str,
+        device: Box<dyn VirtioDevice<Memory>>,
+        iommu: bool,
+    ) -> Result<(), DeviceError> {
+        let ram = self.ram.memory().clone();
         #[cfg(feature = "mmio")]
         if let Some(mmio) = self.mmio {
-            let memory = self.ram.memory().clone();
+            let memory = EndpointMemory::physical(ram);
             return mmio.add(id, device, memory, self.spawn.clone());
         }
+        // Where it will be is its number for the IOMMU. Without a slot the bus says why.
+        let slot = self.free_slot();
+        let behind = self.iommu.get().filter(|_| iommu);
         let vectors = VirtioPciDevice::vectors(device.as_ref());
         let msi = MsiVectors::new(self.routing.clone(), vectors).map_err(|source| {
             DeviceError::Event {
@@ -147,11 +182,18 @@ impl<'a> VirtioHost<'a> {
             msi: Arc::new(msi),
             notifications: Arc::new(Ioeventfds(self.vm.clone())),
             spawn: self.spawn.clone(),
-            extra_features: 0,
+            extra_features: if behind.is_some() {
+                feature::ACCESS_PLATFORM
+            } else {
+                0
+            },
         };
-        let device = VirtioPciDevice::new(id, device, self.ram.memory().clone(), host)?;
-        let device = Arc::new(device);
-        let slot = self.pci.add(id, None, device.clone())?;
+        let memory = match (behind, slot) {
+            (Some(behind), Some(slot)) => behind.memory(ram, slot),
+            _ => EndpointMemory::physical(ram),
+        };
+        let device = Arc::new(VirtioPciDevice::new(id, device, memory, host)?);
+        let slot = self.pci.add(id, slot, device.clone())?;
         self.devices.borrow_mut().push((slot, device));
         log::debug!("virtio device {id:?} is in PCI slot {slot}");
         Ok(())

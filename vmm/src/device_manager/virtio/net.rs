@@ -11,7 +11,7 @@ const OPTION: &str = "--net";
 pub(super) fn add(host: &VirtioHost<'_>, config: &VmConfig) -> Result<(), DeviceError> {
     for (index, net) in config.net.iter().enumerate() {
         let id = net.id.clone().unwrap_or_else(|| format!("_net{index}"));
-        host.add(&id, Box::new(network(&id, net)?))?;
+        host.add_behind(&id, Box::new(network(&id, net)?), net.iommu)?;
     }
     Ok(())
 }

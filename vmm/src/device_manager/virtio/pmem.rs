@@ -35,6 +35,7 @@ fn add_one(host: &VirtioHost<'_>, id: &str, config: &PmemConfig) -> Result<Befor
         size,
     };
     let file = (!config.discard_writes).then_some(file);
-    host.add(id, Box::new(Pmem::new(place, file, Box::new(mapped))))?;
+    let pmem = Pmem::new(place, file, Box::new(mapped));
+    host.add_behind(id, Box::new(pmem), config.iommu)?;
     Ok(before)
 }

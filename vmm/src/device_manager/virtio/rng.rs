@@ -8,5 +8,5 @@ use crate::config::VmConfig;
 pub(super) fn add(host: &VirtioHost<'_>, config: &VmConfig) -> Result<(), DeviceError> {
     let id = "_rng";
     let rng = Rng::open(id, &config.rng.src).map_err(DeviceError::option("--rng"))?;
-    host.add(id, Box::new(rng))
+    host.add_behind(id, Box::new(rng), config.rng.iommu)
 }

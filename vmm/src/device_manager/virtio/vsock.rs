@@ -17,5 +17,5 @@ pub(super) fn add(
     let id = vsock.id.as_deref().unwrap_or("_vsock0");
     let device = Vsock::new(id, vsock.cid.into(), listener.clone())
         .map_err(DeviceError::option("--vsock"))?;
-    host.add(id, Box::new(device))
+    host.add_behind(id, Box::new(device), vsock.iommu)
 }
