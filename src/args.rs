@@ -92,11 +92,11 @@ pub struct Args {
     #[argh(switch)]
     pub watchdog: bool,
 
-    /// COM1: off, null (default), tty, or file=PATH
+    /// COM1: off, null (default), tty, pty, file=PATH, or socket=PATH
     #[argh(option, arg_name = "mode", default = "\"null\".into()")]
     pub serial: String,
 
-    /// virtio console: off, null, tty, or file=PATH (tty, unless --serial is; then off)
+    /// virtio console: off, null, tty, pty, file=PATH, or socket=PATH (tty, unless --serial is; then off)
     #[argh(option, arg_name = "mode")]
     pub console: Option<String>,
 

@@ -18,6 +18,10 @@ pub enum ConsoleMode {
     Tty,
     /// Output goes to a file, which is created or emptied.
     File(PathBuf),
+    /// A pseudo-terminal of its own; where it is, is known once the VM runs.
+    Pty(Option<PathBuf>),
+    /// Whoever connects to a UNIX socket at this path.
+    Socket(PathBuf),
 }
 
 /// `--serial`.
@@ -30,13 +34,15 @@ pub struct ConsoleConfig {
     pub iommu: bool,
 }
 
-/// Its JSON form: the mode's name, and the file of that one which has a file.
+/// Its JSON form: the mode's name, and the file or socket of that one which has it.
 #[derive(Default, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 struct ConsoleJson {
     mode: ModeName,
     #[serde(skip_serializing_if = "Option::is_none")]
     file: Option<PathBuf>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    socket: Option<PathBuf>,
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     iommu: bool,
 }
@@ -48,19 +54,31 @@ enum ModeName {
     Null,
     Tty,
     File,
+    Pty,
+    Socket,
 }
 
 impl TryFrom<ConsoleJson> for ConsoleConfig {
     type Error = &'static str;
 
     fn try_from(json: ConsoleJson) -> Result<Self, Self::Error> {
+        let told = |path: Option<PathBuf>| path.filter(|path| !path.as_os_str().is_empty());
+        if json.socket.is_some() && !matches!(json.mode, ModeName::Socket) {
+            return Err("only mode Socket has a socket");
+        }
         let mode = match (json.mode, json.file) {
-            (ModeName::File, Some(file)) if !file.as_os_str().is_empty() => ConsoleMode::File(file),
-            (ModeName::File, _) => return Err("mode File needs a file"),
+            (ModeName::File, file) => {
+                ConsoleMode::File(told(file).ok_or("mode File needs a file")?)
+            }
+            // Where the last one was, of a configuration that was shown.
+            (ModeName::Pty, _) => ConsoleMode::Pty(None),
             (_, Some(_)) => return Err("only mode File has a file"),
             (ModeName::Off, None) => ConsoleMode::Off,
             (ModeName::Null, None) => ConsoleMode::Null,
             (ModeName::Tty, None) => ConsoleMode::Tty,
+            (ModeName::Socket, None) => {
+                ConsoleMode::Socket(told(json.socket).ok_or("mode Socket needs a socket")?)
+            }
         };
         Ok(Self {
             mode,
@@ -71,22 +89,25 @@ impl TryFrom<ConsoleJson> for ConsoleConfig {
 
 impl From<ConsoleConfig> for ConsoleJson {
     fn from(config: ConsoleConfig) -> Self {
-        let (mode, file) = match config.mode {
-            ConsoleMode::Off => (ModeName::Off, None),
-            ConsoleMode::Null => (ModeName::Null, None),
-            ConsoleMode::Tty => (ModeName::Tty, None),
-            ConsoleMode::File(file) => (ModeName::File, Some(file)),
+        let (mode, file, socket) = match config.mode {
+            ConsoleMode::Off => (ModeName::Off, None, None),
+            ConsoleMode::Null => (ModeName::Null, None, None),
+            ConsoleMode::Tty => (ModeName::Tty, None, None),
+            ConsoleMode::File(file) => (ModeName::File, Some(file), None),
+            ConsoleMode::Pty(path) => (ModeName::Pty, path, None),
+            ConsoleMode::Socket(path) => (ModeName::Socket, None, Some(path)),
         };
         Self {
             mode,
             file,
+            socket,
             iommu: config.iommu,
         }
     }
 }
 
 impl ConsoleConfig {
-    /// Reads `off`, `null`, `tty` or `file=PATH`, with `,iommu=on` or `,iommu=off` behind it or not.
+    /// Reads `off`, `null`, `tty`, `pty`, `file=PATH` or `socket=PATH`, with `,iommu=on` or `,iommu=off` behind it or not.
     pub fn parse(option: &'static str, text: &str) -> Result<Self, ConfigError> {
         let (text, iommu) = match text.rsplit_once(",iommu=") {
             Some((mode, toggle)) => match option_parser::parse_toggle(toggle) {
@@ -102,17 +123,19 @@ impl ConsoleConfig {
             None if text == "off" => ConsoleMode::Off,
             None if text == "null" || text.is_empty() => ConsoleMode::Null,
             None if text == "tty" => ConsoleMode::Tty,
-            Some(("file", "")) => {
-                return Err(ConfigError::value(
-                    option,
-                    "file= needs a path, as in file=/tmp/log",
-                ));
+            None if text == "pty" => ConsoleMode::Pty(None),
+            Some((key @ ("file" | "socket"), "")) => {
+                let what = format!("{key}= needs a path, as in {key}=/tmp/console");
+                return Err(ConfigError::value(option, what));
             }
             Some(("file", path)) => ConsoleMode::File(path.into()),
+            Some(("socket", path)) => ConsoleMode::Socket(path.into()),
             _ => {
                 return Err(ConfigError::value(
                     option,
-                    format!("{text:?} is unknown; off, null, tty or file=PATH would do"),
+                    format!(
+                        "{text:?} is unknown; off, null, tty, pty, file=PATH or socket=PATH would do"
+                    ),
                 ));
             }
         };
@@ -131,6 +154,8 @@ mod tests {
         assert_eq!(read("null"), ConsoleMode::Null);
         assert_eq!(read(""), ConsoleMode::Null);
         assert_eq!(read("tty"), ConsoleMode::Tty);
+        assert_eq!(read("pty"), ConsoleMode::Pty(None));
+        assert_eq!(read("socket=/s"), ConsoleMode::Socket("/s".into()));
         assert_eq!(read("file=/a=b,c"), ConsoleMode::File("/a=b,c".into()));
     }
 
@@ -139,6 +164,8 @@ mod tests {
         for (text, json) in [
             ("tty", r#"{"mode":"Tty"}"#),
             ("file=/a", r#"{"mode":"File","file":"/a"}"#),
+            ("pty", r#"{"mode":"Pty"}"#),
+            ("socket=/s", r#"{"mode":"Socket","socket":"/s"}"#),
         ] {
             let config = ConsoleConfig::parse("--serial", text).unwrap();
             assert_eq!(serde_json::to_string(&config).unwrap(), json);
@@ -149,6 +176,8 @@ mod tests {
             r#"{"mode":"File","file":""}"#,
             r#"{"mode":"Null","file":"/a"}"#,
             r#"{"mode":"Pipe"}"#,
+            r#"{"mode":"Socket"}"#,
+            r#"{"mode":"Tty","socket":"/s"}"#,
         ] {
             assert!(
                 serde_json::from_str::<ConsoleConfig>(wrong).is_err(),
@@ -159,12 +188,12 @@ mod tests {
 
     #[test]
     fn wrong_modes_say_what_would_do() {
-        for text in ["ttyy", "file", "file=", "tty=1"] {
+        for text in ["ttyy", "file", "file=", "socket=", "tty=1"] {
             let error = ConsoleConfig::parse("--serial", text)
                 .unwrap_err()
                 .to_string();
             assert!(error.starts_with("--serial: "), "{error}");
-            assert!(error.contains("file="), "{error}");
+            assert!(error.contains("=/") || error.contains("=PATH"), "{error}");
         }
     }
 }

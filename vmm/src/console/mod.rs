@@ -1,11 +1,15 @@
-//! The host's end of consoles: the terminal, and output that never makes a vCPU wait.
+//! The host's end of consoles: the terminal, clients of sockets and pseudo-terminals, and output that never makes a vCPU wait.
 
+mod client;
+mod door;
 mod escape;
 mod output;
 pub mod terminal;
 
 use virtio_devices::VsockListener;
 
+pub use client::{HISTORY, InputSlot, TypedInput};
+pub use door::Door;
 pub use escape::{Escape, Typed};
 pub use output::{Output, flush_in_panic};
 

@@ -9,6 +9,10 @@ use std::io::{self, Write};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::client::{Clients, InputSlot};
+use super::door::Door;
 use crate::event::{Event, EventSender};
 use crate::threads;
 
@@ -48,17 +52,60 @@ struct State {
     refused: bool,
     /// The sink failed: everything is dropped from here on.
     broken: bool,
+    /// The thread is done, and with it the door that clients came to.
+    ended: bool,
 }
 
 #[derive(Default)]
-struct Shared {
+pub(super) struct Shared {
     state: Mutex<State>,
     changed: Condvar,
+    /// Of a thread that waits for more than this.
+    wake: Option<EventFd>,
 }
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Nothing can be written any more.
+    fn give_up(&self, error: &io::Error, events: &EventSender) {
+        log::warn!("console output stops here: {error}");
+        let mut state = self.lock();
+        state.broken = true;
+        state.waiting.clear();
+        if std::mem::take(&mut state.refused) {
+            events.send(Event::OutputRoom);
+        }
+        self.changed.notify_all();
+    }
+
+    /// Tells whoever waits for a change.
+    fn tell(&self) {
+        self.changed.notify_all();
+        if let Some(wake) = &self.wake {
+            // Refused only when its counter is full: then it is readable anyway.
+            let _ = wake.write(1);
+        }
+    }
+
+    /// Takes what waits, which counts as being written from here on.
+    pub(super) fn take(&self, events: &EventSender) -> Vec<u8> {
+        let mut state = self.lock();
+        state.writing = true;
+        if std::mem::take(&mut state.refused) {
+            events.send(Event::OutputRoom);
+        }
+        std::mem::take(&mut state.waiting)
+    }
+
+    /// What was taken is written but for a rest, or not. True if no more will come and none is left.
+    pub(super) fn written(&self, rest: bool) -> bool {
+        let mut state = self.lock();
+        state.writing = rest;
+        self.changed.notify_all();
+        state.closed && (rest || state.waiting.is_empty())
     }
 }
 
@@ -73,15 +120,37 @@ impl Output {
     pub fn start(name: &str, sink: File, events: EventSender) -> io::Result<Self> {
         let shared = Arc::new(Shared::default());
         let theirs = shared.clone();
-        let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
-        open.retain(|other| other.strong_count() > 0);
-        open.push(Arc::downgrade(&shared));
-        drop(open);
+        remember(&shared);
         let on_room = events.try_clone()?;
         threads::spawn(name.to_owned(), events, move || {
             drain(&theirs, sink, &on_room);
         })?;
         Ok(Self { shared })
+    }
+
+    /// Starts the thread `name` that serves whoever comes to `door`. What a client types goes to the device in the slot.
+    pub fn start_clients(
+        name: &str,
+        door: Door,
+        events: EventSender,
+    ) -> io::Result<(Self, InputSlot)> {
+        let wake = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
+        let shared = Arc::new(Shared {
+            wake: Some(wake.try_clone()?),
+            ..Shared::default()
+        });
+        remember(&shared);
+        let slot = InputSlot::new(wake.try_clone()?);
+        let (theirs, input, on_room) = (shared.clone(), slot.clone(), events.try_clone()?);
+        threads::spawn(name.to_owned(), events, move || {
+            let clients = Clients::new(&theirs, &wake, door, input);
+            if let Err(e) = clients.serve(&on_room) {
+                theirs.give_up(&e, &on_room);
+            }
+            theirs.lock().ended = true;
+            theirs.changed.notify_all();
+        })?;
+        Ok((Self { shared }, slot))
     }
 
     /// Waits until all is written, or the sink has been stuck for two seconds.
@@ -100,7 +169,15 @@ impl Output {
     pub fn close(&self) {
         self.flush_all();
         self.shared.lock().closed = true;
-        self.shared.changed.notify_all();
+        self.shared.tell();
+        if self.shared.wake.is_some() {
+            let state = self.shared.lock();
+            let _ended = self
+                .shared
+                .changed
+                .wait_timeout_while(state, LAST_FLUSH, |s| !s.ended)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
     }
 }
 
@@ -120,7 +197,7 @@ impl Write for Output {
         state.waiting.extend_from_slice(taken);
         drop(state);
         if wake {
-            self.shared.changed.notify_all();
+            self.shared.tell();
         }
         Ok(taken.len())
     }
@@ -129,6 +206,13 @@ impl Write for Output {
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
+}
+
+/// For the case of a panic.
+fn remember(shared: &Arc<Shared>) {
+    let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
+    open.retain(|other| other.strong_count() > 0);
+    open.push(Arc::downgrade(shared));
 }
 
 fn drain(shared: &Shared, mut sink: File, events: &EventSender) {
@@ -155,16 +239,10 @@ fn drain(shared: &Shared, mut sink: File, events: &EventSender) {
         chunk.clear();
         let mut state = shared.lock();
         state.writing = false;
-        if let Err(e) = result {
-            log::warn!("console output stops here: {e}");
-            state.broken = true;
-            state.waiting.clear();
-            if std::mem::take(&mut state.refused) {
-                events.send(Event::OutputRoom);
-            }
-        }
+        drop(state);
         shared.changed.notify_all();
-        if state.broken {
+        if let Err(e) = result {
+            shared.give_up(&e, events);
             return;
         }
     }

@@ -59,6 +59,17 @@ pub enum ControlError {
         #[source]
         source: io::Error,
     },
+    /// The socket of `--serial socket=` or `--console socket=`.
+    #[error("{option}: listening at {path:?}{}", in_the_way(source))]
+    Socket {
+        /// Which of them.
+        option: &'static str,
+        /// Its path.
+        path: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
     /// The socket of `--vsock`.
     #[error("--vsock")]
     Vsock(#[source] VsockError),
@@ -76,6 +87,14 @@ pub enum ControlError {
     /// Something that the VM cannot live without failed.
     #[error("{0}")]
     Failed(String),
+}
+
+/// What to do about a path that is taken.
+fn in_the_way(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::AddrInUse => " (remove what is there first)",
+        _ => "",
+    }
 }
 
 fn setup(what: &'static str) -> impl Fn(io::Error) -> ControlError {

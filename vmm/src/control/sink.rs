@@ -1,12 +1,12 @@
-//! Where a console prints: standard output or a file.
+//! Where a console prints: standard output, a file, or a client that comes by a pseudo-terminal or socket.
 
 use std::fs::{File, OpenOptions};
-use std::io;
-use std::path::PathBuf;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
 
 use super::{ControlError, duplicate, setup};
 use crate::config::ConsoleMode;
-use crate::console::Output;
+use crate::console::{Door, InputSlot, Output};
 use crate::event::EventSender;
 
 /// The host's end of a console's output.
@@ -17,6 +17,8 @@ pub(super) struct Sink {
     path: Option<PathBuf>,
     /// The file was not there before.
     created: bool,
+    /// Of `pty` and `socket=`, until its thread has it.
+    door: Option<Door>,
 }
 
 impl Sink {
@@ -26,6 +28,7 @@ impl Sink {
             sink: None,
             path: None,
             created: false,
+            door: None,
         };
         match mode {
             ConsoleMode::Off | ConsoleMode::Null => {}
@@ -51,23 +54,48 @@ impl Sink {
                 })?);
                 this.path = Some(path.clone());
             }
+            ConsoleMode::Pty(_) => {
+                let door = Door::terminal().map_err(setup("pseudo-terminal"))?;
+                // Who started the VM has no other way to learn of it, short of the API.
+                let _ = writeln!(io::stderr(), "{option} is at {}", door.path().display());
+                this.path = Some(door.path().to_owned());
+                this.door = Some(door);
+            }
+            ConsoleMode::Socket(path) => {
+                let door = Door::socket(path).map_err(|source| ControlError::Socket {
+                    option,
+                    path: path.clone(),
+                    source,
+                })?;
+                this.door = Some(door);
+            }
         }
         Ok(this)
     }
 
-    /// Starts the thread that writes to it.
+    /// Starts the thread that writes to it, and hears of what a client types.
     pub(super) fn output(
-        &self,
+        &mut self,
         thread: &str,
         events: &EventSender,
-    ) -> Result<Option<Output>, ControlError> {
+    ) -> Result<(Option<Output>, Option<InputSlot>), ControlError> {
+        let events = events.try_clone().map_err(setup("eventfd"))?;
+        if let Some(door) = self.door.take() {
+            let (output, slot) =
+                Output::start_clients(thread, door, events).map_err(setup("console thread"))?;
+            return Ok((Some(output), Some(slot)));
+        }
         let Some(sink) = &self.sink else {
-            return Ok(None);
+            return Ok((None, None));
         };
         let sink = sink.try_clone().map_err(setup("console output"))?;
-        let events = events.try_clone().map_err(setup("eventfd"))?;
         let output = Output::start(thread, sink, events).map_err(setup("output thread"))?;
-        Ok(Some(output))
+        Ok((Some(output), None))
+    }
+
+    /// Where the pseudo-terminal or file is.
+    pub(super) fn path(&self) -> Option<&Path> {
+        self.path.as_deref()
     }
 
     /// Empties a regular file for what is to come.

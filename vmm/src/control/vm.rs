@@ -7,6 +7,8 @@
 //!                   Shutdown <--------------------+
 //! ```
 
+use std::path::{Path, PathBuf};
+
 use hypervisor::Hypervisor;
 use virtio_devices::VsockListener;
 
@@ -14,8 +16,8 @@ use super::ControlError;
 use super::sink::Sink;
 use super::typing::Typing;
 use crate::api::VmState;
-use crate::config::VmConfig;
-use crate::console::Outputs;
+use crate::config::{ConsoleConfig, ConsoleMode, VmConfig};
+use crate::console::{InputSlot, Outputs};
 use crate::event::{EventReceiver, EventSender};
 use crate::machine::Machine;
 
@@ -35,9 +37,35 @@ enum Life {
 /// the terminal is a person's again.
 pub(super) struct Running {
     pub(super) machine: Machine,
+    inputs: Inputs,
     outputs: OpenOutputs,
     pub(super) typing: Typing,
+    /// Where the pseudo-terminals of serial port and console are.
+    terminals: [Option<PathBuf>; 2],
     paused: bool,
+}
+
+/// Where clients of the serial port and the console type.
+struct Inputs([Option<InputSlot>; 2]);
+
+impl Inputs {
+    /// What is typed goes to `machine`.
+    fn connect(&self, machine: &Machine) {
+        let [serial, console] = &self.0;
+        if let Some(slot) = serial {
+            slot.set(machine.devices().serial_input());
+        }
+        if let Some(slot) = console {
+            slot.set(machine.devices().console_input());
+        }
+    }
+
+    /// What is typed waits for another machine.
+    fn disconnect(&self) {
+        for slot in self.0.iter().flatten() {
+            slot.set(None);
+        }
+    }
 }
 
 impl Vm {
@@ -77,7 +105,20 @@ impl Vm {
         hypervisor: &dyn Hypervisor,
         events: &EventSender,
     ) -> Result<(), ControlError> {
-        self.life = Life::Running(Box::new(Running::start(hypervisor, &self.config, events)?));
+        let running = Running::start(hypervisor, &self.config, events)?;
+        // Who looks at the configuration finds the pseudo-terminals.
+        let [serial, console] = running.terminals.clone();
+        if let ConsoleMode::Pty(path) = &mut self.config.serial.mode {
+            *path = serial;
+        }
+        if let Some(ConsoleConfig {
+            mode: ConsoleMode::Pty(path),
+            ..
+        }) = &mut self.config.console
+        {
+            *path = console;
+        }
+        self.life = Life::Running(Box::new(running));
         Ok(())
     }
 
@@ -101,20 +142,26 @@ impl Vm {
         };
         let Running {
             machine,
+            inputs,
             typing,
             outputs,
+            terminals,
             paused,
         } = *running;
+        inputs.disconnect();
         drop(machine);
         forget_events(receiver);
         let mut machine = Machine::new(hypervisor, &self.config, &outputs.0, events)?;
         if !paused {
             machine.start(events)?;
         }
+        inputs.connect(&machine);
         self.life = Life::Running(Box::new(Running {
             machine,
+            inputs,
             typing,
             outputs,
+            terminals,
             paused,
         }));
         Ok(())
@@ -138,15 +185,20 @@ impl Running {
             .map(|vsock| VsockListener::bind(&vsock.socket))
             .transpose()
             .map_err(ControlError::Vsock)?;
-        let sinks = [
+        let mut sinks = [
             Sink::open("--serial", &config.serial.mode)?,
             Sink::open("--console", config.console_mode())?,
         ];
-        let outputs = OpenOutputs(Outputs {
-            serial: sinks[0].output("serial-out", events)?,
-            console: sinks[1].output("console-out", events)?,
+        let terminals = sinks.each_ref().map(|sink| sink.path().map(Path::to_owned));
+        let mut outputs = OpenOutputs(Outputs {
             vsock,
+            ..Outputs::default()
         });
+        let (serial, serial_input) = sinks[0].output("serial-out", events)?;
+        outputs.0.serial = serial;
+        let (console, console_input) = sinks[1].output("console-out", events)?;
+        outputs.0.console = console;
+        let inputs = Inputs([serial_input, console_input]);
         let machine = match Machine::new(hypervisor, config, &outputs.0, events) {
             Ok(machine) => machine,
             Err(e) => {
@@ -156,10 +208,13 @@ impl Running {
         };
         // Files are emptied and the terminal turns raw only now: an error above finds them as they were.
         sinks.iter().try_for_each(Sink::begin)?;
+        inputs.connect(&machine);
         let mut running = Self {
             machine,
+            inputs,
             outputs,
             typing: Typing::start(config)?,
+            terminals,
             paused: false,
         };
         running.machine.start(events)?;

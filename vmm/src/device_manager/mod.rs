@@ -21,13 +21,13 @@ use devices::serial::Serial;
 use hypervisor::Vm;
 use thiserror::Error;
 use virtio_devices::transport::pci::VirtioPciDevice;
-use virtio_devices::{BalloonControl, BlockControl, MemControl};
+use virtio_devices::{BalloonControl, BlockControl, ConsoleInput, MemControl};
 use vm_allocator::{AddressAllocator, AllocatorError, IdAllocator};
 use vm_device::{Bus, BusDevice, BusError};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::config::{ConsoleMode, VmConfig};
-use crate::console::Outputs;
+use crate::console::{Outputs, TypedInput};
 use crate::cpu_manager::ExitRoutes;
 use crate::event::EventSender;
 use crate::memory_manager::{MemoryManager, MemorySlots};
@@ -128,7 +128,7 @@ pub struct DeviceManager {
     memory: Arc<Bus>,
     ioapic: Arc<Ioapic>,
     serial: Option<Arc<Mutex<Serial>>>,
-    serial_room: EventFd,
+    serial_room: Arc<EventFd>,
     ged: arch::acpi::Ged,
     events: Arc<Mutex<Ged>>,
     virtio: Vec<(u8, Arc<VirtioPciDevice<virtio::Memory>>)>,
@@ -224,7 +224,7 @@ impl DeviceManager {
             memory,
             ioapic,
             serial,
-            serial_room,
+            serial_room: Arc::new(serial_room),
             ged,
             events: ged_device,
             virtio: handles.devices,
@@ -370,6 +370,20 @@ impl DeviceManager {
         }
     }
 
+    /// The serial port, for a client of its own.
+    pub fn serial_input(&self) -> Option<Arc<dyn TypedInput>> {
+        let serial = self.serial.clone()?;
+        Some(Arc::new(SerialInput {
+            serial,
+            room: self.serial_room.clone(),
+        }))
+    }
+
+    /// The console, for a client of its own.
+    pub fn console_input(&self) -> Option<Arc<dyn TypedInput>> {
+        Some(Arc::new(VirtioInput(self.console.as_ref()?.input.clone())))
+    }
+
     /// Readable when that console takes input again.
     pub fn input_room(&self) -> Option<&EventFd> {
         match (self.input, &self.console) {
@@ -394,6 +408,35 @@ impl DeviceManager {
         if let (Input::Console, Some(console)) = (self.input, &self.console) {
             console.handle.resize(columns, rows);
         }
+    }
+}
+
+/// The serial port, for what is typed.
+struct SerialInput {
+    serial: Arc<Mutex<Serial>>,
+    room: Arc<EventFd>,
+}
+
+impl TypedInput for SerialInput {
+    fn type_in(&self, bytes: &[u8]) -> usize {
+        lock(&self.serial).queue_input(bytes)
+    }
+
+    fn room(&self) -> &EventFd {
+        &self.room
+    }
+}
+
+/// The virtio console, for what is typed.
+struct VirtioInput(Arc<ConsoleInput>);
+
+impl TypedInput for VirtioInput {
+    fn type_in(&self, bytes: &[u8]) -> usize {
+        self.0.push(bytes)
+    }
+
+    fn room(&self) -> &EventFd {
+        self.0.room()
     }
 }
 
