@@ -50,7 +50,7 @@ pub struct Args {
     /// image_type=raw|qcow2 (found out), backing_files=on|off (off), sparse=on|off (on),
     /// serial=TEXT, queue_affinity=[Q@[CPU,..],..] (host CPUs of a queue's thread), bw_size=S with bw_refill_time=MS and
     /// ops_size=N with ops_refill_time=MS (limits; also bw_one_time_burst, ops_one_time_burst), rate_limit_group=ID,
-    /// id=NAME; one list a disk
+    /// iommu=on|off (off), id=NAME; one list a disk
     #[argh(option, arg_name = "list")]
     pub disk: Vec<String>,
 
@@ -62,21 +62,22 @@ pub struct Args {
     /// tap=NAME (a new one) or fd=[N,..] (descriptors of one, a pair of queues each), ip=A (192.168.249.1) and mask=M
     /// (255.255.255.0) of the host's end, mac=MAC and host_mac=MAC (at random), mtu=N, num_queues=N (2), queue_size=N (256),
     /// offload_tso, offload_ufo, offload_csum=on|off (on), bw_size=S with bw_refill_time=MS and ops_size=N with ops_refill_time=MS
-    /// (limits of each direction; also bw_one_time_burst, ops_one_time_burst), id=NAME; one list a device
+    /// (limits of each direction; also bw_one_time_burst, ops_one_time_burst), iommu=on|off (off), id=NAME;
+    /// one list a device
     #[argh(option, arg_name = "list")]
     pub net: Vec<String>,
 
-    /// cid=N (3 to 4294967294), socket=PATH, id=NAME: sockets between guest and host; a program of the host connects to PATH
+    /// cid=N (3 to 4294967294), socket=PATH, iommu=on|off (off), id=NAME: sockets between guest and host; a program of the host connects to PATH
     /// and says CONNECT port, and a guest that connects to port P of the host finds who listens at PATH_P
     #[argh(option, arg_name = "list")]
     pub vsock: Option<String>,
 
-    /// src=FILE (/dev/urandom): entropy; the device is always there
+    /// src=FILE (/dev/urandom), iommu=on|off (off): entropy; the device is always there
     #[argh(option, arg_name = "list", default = "String::new()")]
     pub rng: String,
 
     /// file=FILE or a directory, size=S (the file's; a multiple of 2M), mergeable=on|off, discard_writes=on|off (off),
-    /// id=NAME: persistent memory; one list a device
+    /// iommu=on|off (off), id=NAME: persistent memory; one list a device
     #[argh(option, arg_name = "list")]
     pub pmem: Vec<String>,
 

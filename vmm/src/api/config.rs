@@ -196,7 +196,10 @@ mod tests {
     #[test]
     fn what_is_not_built_is_told_by_name() {
         for (body, name) in [
-            (r#"{"disks": [{"path": "/d", "vhost_user": true}]}"#, "vhost_user"),
+            (
+                r#"{"disks": [{"path": "/d", "vhost_user": true}]}"#,
+                "vhost_user",
+            ),
             (r#"{"platform": {"num_pci_segments": 2}}"#, "platform"),
             (r#"{"tpm": {"socket": "/t"}}"#, "tpm"),
         ] {

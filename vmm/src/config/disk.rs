@@ -277,7 +277,10 @@ mod tests {
         );
         let limits = disk.rate_limiter_config.unwrap();
         assert_eq!(limits.bandwidth.unwrap().size, 1 << 20);
-        assert_eq!(checked("path=/a").unwrap().cpus_of_queues(), [Vec::<usize>::new()]);
+        assert_eq!(
+            checked("path=/a").unwrap().cpus_of_queues(),
+            [Vec::<usize>::new()]
+        );
         let disk = checked("path=/a,rate_limit_group=g").unwrap();
         assert_eq!(disk.rate_limit_group.unwrap(), "g");
     }

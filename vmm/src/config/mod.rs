@@ -165,7 +165,10 @@ impl VmConfig {
         for disk in &self.disks {
             disk.validate()?;
         }
-        let limited = self.disks.iter().filter_map(|d| d.rate_limit_group.as_deref());
+        let limited = self
+            .disks
+            .iter()
+            .filter_map(|d| d.rate_limit_group.as_deref());
         rate_limit_group::validate(&self.rate_limit_groups, limited.map(|g| ("--disk", g)))?;
         for net in &self.net {
             net.validate()?;
@@ -228,7 +231,10 @@ mod tests {
             }),
             serial: ConsoleConfig::parse("--serial", "file=/tmp/out").unwrap(),
             console: Some(ConsoleConfig::parse("--console", "null").unwrap()),
-            disks: vec![DiskConfig::parse("path=/d,id=a,rate_limit_group=g,queue_affinity=[0@[1]]").unwrap()],
+            disks: vec![
+                DiskConfig::parse("path=/d,id=a,rate_limit_group=g,queue_affinity=[0@[1]]")
+                    .unwrap(),
+            ],
             rate_limit_groups: vec![
                 RateLimitGroupConfig::parse("id=g,bw_size=1,bw_refill_time=1").unwrap(),
             ],
