@@ -2,20 +2,25 @@
 
 #![allow(clippy::panic, clippy::expect_used, clippy::unwrap_used)]
 
+mod api;
 mod bad_input;
 mod balloon;
 mod bare_metal;
 mod cli;
+mod consoles;
+mod devices;
 mod disks;
 mod endings;
+mod iommu;
 mod linux;
-mod mmio;
 mod mem;
+mod mmio;
 mod net;
 mod pmem;
 mod pvpanic;
 mod root_disk;
 mod support;
 mod terminal;
+mod traffic;
 mod vsock;
 mod watchdog;

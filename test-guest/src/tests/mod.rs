@@ -1,6 +1,7 @@
 //! The tests, one file a topic. A test takes nothing and answers with a detail for its `OK` line or the reason it failed.
 
 mod acpi;
+mod api;
 mod boot;
 mod insn;
 mod irq;
@@ -14,6 +15,7 @@ mod virtio_balloon;
 mod virtio_blk;
 mod virtio_data;
 mod virtio_hostile;
+mod virtio_iommu;
 mod virtio_mem;
 mod virtio_mmio;
 mod virtio_net;
@@ -46,6 +48,7 @@ const TESTS: &[Test] = &[
     ("echo", irq::echo),
     ("timer", irq::timer),
     ("clock", irq::clock),
+    ("nmi", api::nmi),
     ("latency", irq::latency),
     ("smp", smp::processors),
     ("instructions", insn::instructions),
@@ -62,6 +65,7 @@ const TESTS: &[Test] = &[
     ("virtio_blk_fill", virtio_data::fill),
     ("virtio_blk_verify", virtio_data::verify),
     ("virtio_blk_reset", virtio_reset::reset),
+    ("virtio_blk_resize", api::resize),
     ("virtio_blk_hostile", virtio_hostile::hostile),
     ("virtio_vsock", virtio_vsock::vsock),
     ("virtio_vsock_left", virtio_vsock::left),
@@ -74,6 +78,8 @@ const TESTS: &[Test] = &[
     ("virtio_mem_hostile", virtio_mem::hostile),
     ("virtio_pmem", virtio_pmem::pmem),
     ("virtio_pmem_dma", virtio_pmem::dma),
+    ("virtio_iommu", virtio_iommu::iommu),
+    ("virtio_iommu_bypass", virtio_iommu::bypass),
     ("virtio_watchdog", virtio_watchdog::watchdog),
     ("virtio_watchdog_silence", virtio_watchdog::silence),
     ("virtio_net", virtio_net::net),

@@ -192,6 +192,19 @@ impl Vmm {
         pages.parse::<u64>().expect("a number") * 4096
     }
 
+    /// Whether `text` has come after what was waited for before. What is on its way may be missed.
+    pub fn said(&mut self, text: &str) -> bool {
+        while let Ok((stream, bytes)) = self.receiver.try_recv() {
+            match stream {
+                Stream::Out => self.out.extend(bytes),
+                Stream::Err => self.err.extend(bytes),
+            }
+        }
+        let new = &self.out[self.seen..];
+        new.windows(text.len())
+            .any(|window| window == text.as_bytes())
+    }
+
     /// Types at the guest's serial port.
     pub fn send(&mut self, text: &str) {
         let input = self.input.as_mut().expect("standard input is open");
@@ -216,6 +229,22 @@ impl Vmm {
             }
             if !self.receive() {
                 self.give_up(&format!("the VMM ended before {text:?} came"));
+            }
+        }
+    }
+
+    /// Waits until `start` and, after it, `end` appear on standard error; what is between them.
+    pub fn wait_for_error(&mut self, start: &str, end: &str) -> String {
+        loop {
+            let err = text(&self.err);
+            let between = err
+                .split_once(start)
+                .and_then(|(_, rest)| rest.split_once(end));
+            if let Some((between, _)) = between {
+                return between.to_owned();
+            }
+            if !self.receive() {
+                self.give_up(&format!("the VMM ended before {start:?} came"));
             }
         }
     }
