@@ -103,6 +103,62 @@ fn a_life_of_an_image_from_the_shell() {
 }
 
 #[test]
+fn a_benchmark_makes_the_requests_that_it_tells_of() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    ok(d, &["create", "disk", "1M", "--cluster-size", "4K"]);
+    let write = [
+        "bench",
+        "disk",
+        "--write",
+        "--block-size",
+        "4K",
+        "--depth",
+        "3",
+        "--requests",
+        "100",
+        "--output",
+        "json",
+    ];
+    let result = json(d, &write);
+    assert_eq!(result["operation"], "write");
+    assert_eq!(result["pattern"], "sequential");
+    assert_eq!(
+        (result["requests"].as_u64(), result["depth"].as_u64()),
+        (Some(100), Some(3))
+    );
+    assert!(result["requests-per-second"].as_f64().unwrap() > 0.0);
+    let latency = |key: &str| result["latency-us"][key].as_f64().unwrap();
+    assert!(latency("median") <= latency("99") && latency("99") <= latency("max"));
+    // A hundred clusters were written, and no more.
+    let report = json(d, &["check", "disk", "--output", "json"]);
+    assert_eq!(report["allocated-clusters"], 100);
+    let before = std::fs::read(d.join("disk")).unwrap();
+    let text = ok(
+        d,
+        &[
+            "bench",
+            "disk",
+            "--random",
+            "--requests",
+            "50",
+            "--depth",
+            "2",
+        ],
+    );
+    assert!(
+        text.starts_with("50 random reads of 65536 bytes, 2 in flight"),
+        "{text}"
+    );
+    assert!(
+        std::fs::read(d.join("disk")).unwrap() == before,
+        "reading changed it"
+    );
+    assert!(ok(d, &["bench", "--help"]).contains("content is lost"));
+    assert_eq!(qemu_check(&d.join("disk")), Verdict::Clean);
+}
+
+#[test]
 fn mistakes_are_one_line_and_a_failure() {
     let dir = tempfile::tempdir().unwrap();
     let d = dir.path();
@@ -139,6 +195,12 @@ fn mistakes_are_one_line_and_a_failure() {
             "raw file",
         ),
         (&["commit", "disk"], "no backing file"),
+        (&["bench", "disk", "--depth", "0"], "1 to 256"),
+        (
+            &["bench", "disk", "--block-size", "2M"],
+            "less than a block",
+        ),
+        (&["bench", "disk", "--requests", "0"], "no requests"),
     ];
     for (args, text) in cases {
         let out = tool(d, args);

@@ -24,6 +24,7 @@ pub enum Command {
     Snapshot(Snapshot),
     Resize(Resize),
     Commit(Commit),
+    Bench(Bench),
 }
 
 /// A number of bytes: digits, and K, M, G or T for powers of 1024.
@@ -287,6 +288,37 @@ pub struct Commit {
     /// the image
     #[argh(positional)]
     pub path: PathBuf,
+}
+
+/// Measures how fast an image is read, or written with --write, which overwrites what the disk holds. Each request in flight has a
+/// thread; a run of writes ends with a flush, which counts.
+#[derive(FromArgs, Debug)]
+#[argh(subcommand, name = "bench")]
+pub struct Bench {
+    /// the image
+    #[argh(positional)]
+    pub path: PathBuf,
+    /// write instead of reading: the disk's content is lost
+    #[argh(switch)]
+    pub write: bool,
+    /// requests at places without order, rather than one after the other
+    #[argh(switch)]
+    pub random: bool,
+    /// bytes of a request (64K)
+    #[argh(option, default = "Bytes(65536)")]
+    pub block_size: Bytes,
+    /// requests in flight, 1 to 256 (1)
+    #[argh(option, default = "1")]
+    pub depth: usize,
+    /// requests in all (10000); past the end of the disk it begins again
+    #[argh(option, default = "10000")]
+    pub requests: u64,
+    /// read the image's backing and data files
+    #[argh(switch)]
+    pub follow: bool,
+    /// text or json (text)
+    #[argh(option, default = "Output::Text")]
+    pub output: Output,
 }
 
 #[cfg(test)]

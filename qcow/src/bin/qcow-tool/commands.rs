@@ -21,6 +21,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
         Command::Snapshot(a) => snapshot(a.action)?,
         Command::Resize(a) => resize(&a)?,
         Command::Commit(a) => commit(&a)?,
+        Command::Bench(a) => crate::bench::run(&a)?,
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -1,6 +1,7 @@
 //! `qcow-tool`: what the library does, from a shell. Text for people, JSON for programs.
 
 mod args;
+mod bench;
 mod commands;
 mod output;
 

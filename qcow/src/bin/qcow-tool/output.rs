@@ -5,7 +5,8 @@ use std::io::{IsTerminal, Write};
 use qcow::{CheckReport, Extent, ExtentKind, ImageInfo, Snapshot};
 use serde_json::{Value, json};
 
-use crate::args::Output;
+use crate::args::{Bench, Output};
+use crate::bench::Measured;
 
 fn text(bytes: &Option<Vec<u8>>) -> Option<String> {
     bytes
@@ -141,6 +142,38 @@ pub fn report(r: &CheckReport, output: Output) {
     }
 }
 
+/// What a benchmark measured.
+pub fn bench(a: &Bench, m: &Measured) {
+    let operation = if a.write { "write" } else { "read" };
+    let pattern = if a.random { "random" } else { "sequential" };
+    let rate = m.requests_a_second();
+    let bytes = rate * m.block as f64;
+    let [middle, most, worst] = [50, 99, 100].map(|p| m.latency(p).as_secs_f64() * 1e6);
+    if a.output == Output::Json {
+        println!(
+            "{:#}",
+            json!({
+                "operation": operation, "pattern": pattern, "block-size": m.block, "depth": a.depth, "requests": m.requests,
+                "seconds": m.elapsed.as_secs_f64(), "requests-per-second": rate, "bytes-per-second": bytes,
+                "latency-us": { "median": middle, "99": most, "max": worst },
+            })
+        );
+        return;
+    }
+    println!(
+        "{} {pattern} {operation}s of {} bytes, {} in flight: {:.3} s",
+        m.requests,
+        m.block,
+        a.depth,
+        m.elapsed.as_secs_f64()
+    );
+    println!(
+        "{rate:.0} a second, {:.1} MiB/s",
+        bytes / f64::from(1 << 20)
+    );
+    println!("latency: median {middle:.1} us, 99 % {most:.1} us, longest {worst:.1} us");
+}
+
 /// Extents as they come.
 pub struct Extents {
     output: Output,
@@ -202,6 +235,11 @@ impl Bar {
             terminal: std::io::stderr().is_terminal(),
             last: None,
         }
+    }
+
+    /// Whether there is someone to see it.
+    pub fn is_shown(&self) -> bool {
+        self.terminal
     }
 
     pub fn show(&mut self, done: u64, all: u64) {
