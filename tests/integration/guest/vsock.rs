@@ -140,8 +140,8 @@ fn serve() -> io::Result<()> {
 /// Streams that are all open at once, with bytes both ways.
 fn many() -> io::Result<()> {
     const STREAMS: u32 = 64;
-    const LEN: usize = 24 << 10;
-    const PIECE: usize = 8 << 10;
+    const LEN: usize = 8 << 10;
+    const PIECE: usize = 4 << 10;
     let mut sockets = (0..STREAMS)
         .map(|_| Socket::connect(7001))
         .collect::<io::Result<Vec<_>>>()?;
