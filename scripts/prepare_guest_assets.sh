@@ -5,6 +5,7 @@
 #   vmlinuz-cloud      the distribution's cloud kernel, untouched
 #   vmlinux-cloud      the ELF file that vmlinuz-cloud carries
 #   initramfs.cpio     busybox-static, and resources/guest/{init,shellrc,tests}
+#   debian.raw         a disk with a GPT and Debian 12 on ext4 in its only partition, for the test root_disk
 #   cmdline, cmdline-cloud   kernel command lines that start them quickly
 #   manifest           what they were made from, and their SHA-256 sums
 #
@@ -18,7 +19,9 @@ readonly CACHE=${CH_GUEST_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/cloud-hyperviso
 readonly GUEST=resources/guest
 readonly CONFIG=resources/linux-config-x86_64
 readonly SOURCE=linux-source-6.1
+readonly SUITE=bookworm
 readonly PACKAGES=(bc bison flex gcc libc6-dev libelf-dev lz4 make xz-utils)
+readonly IMAGE_PACKAGES=(e2fsprogs fdisk mmdebstrap)
 # Counts up when the steps below change what they make from the same inputs.
 readonly RECIPE=1
 
@@ -32,7 +35,7 @@ usage_text() {
     cat <<TEXT
 $USAGE
 
-Puts guest kernels and an initramfs into $ASSETS.
+Puts guest kernels, an initramfs and a Debian disk into $ASSETS.
 Does nothing when they are there and their inputs have not changed.
 
   --update   fetch the packages anew, and rebuild what a newer version changes
@@ -66,9 +69,10 @@ update_lists() {
     apt-get update -qq >"$CACHE/apt.log" 2>&1 || die "apt-get update failed; see $CACHE/apt.log"
 }
 
-need_build_packages() {
+# Installs those of the named packages that are missing.
+need() {
     local missing=() package
-    for package in "${PACKAGES[@]}"; do
+    for package; do
         installed "$package" || missing+=("$package")
     done
     [ ${#missing[@]} -gt 0 ] || return 0
@@ -145,7 +149,7 @@ make_cloud() {
     [ -n "$(cloud_package)" ] || update_lists
     fetch "$(cloud_package)" "$work"
     cp "$work"/root/boot/vmlinuz-* "$work/out/vmlinuz-cloud"
-    need_build_packages
+    need "${PACKAGES[@]}"
     say 'unpacking the cloud kernel'
     unpack_bzimage "$work/out/vmlinuz-cloud" "$work/out/vmlinux-cloud"
 }
@@ -188,7 +192,7 @@ make_bzimage() {
 # Builds target $3 with configuration fragment $2 in $1/build; $4 is how long that takes on 2 cores.
 build_kernel() {
     local work=$1 fragment=$2 target=$3 begin=$SECONDS job
-    need_build_packages
+    need "${PACKAGES[@]}"
     unpack_source "$work"
     configure "$work" "$fragment"
     say "building $target from $fragment (about $4 on 2 cores)"
@@ -285,6 +289,26 @@ entry() {
 
 fill() { head -c $(((4 - $1 % 4) % 4)) /dev/zero; }
 
+# $1/out/debian.raw: the essential packages and sysvinit, 320 MiB with holes.
+make_debian() {
+    local work=$1 image=$1/out/debian.raw tree=$1/tree sectors
+    [ "$(id -u)" -eq 0 ] || die 'files of other owners are needed for the Debian disk; run this as root once'
+    need "${IMAGE_PACKAGES[@]}"
+    say "unpacking Debian $SUITE (about 1 minute)"
+    mmdebstrap --quiet --mode=root --variant=essential --include=sysvinit-core --format=directory \
+        --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*' \
+        --dpkgopt='path-exclude=/usr/share/locale/*' \
+        "$SUITE" "$tree" >"$CACHE/mmdebstrap.log" 2>&1 || die "mmdebstrap failed; see $CACHE/mmdebstrap.log"
+    dpkg-query --admindir="$tree/var/lib/dpkg" -W -f 'package ${Package} ${Version}\n' >>"$work/inputs"
+    cp "$GUEST/debian/inittab" "$tree/etc/inittab"
+    install -m 755 "$GUEST/debian/ch-root-disk" "$tree/usr/local/sbin/"
+
+    truncate -s 320M "$image"
+    printf 'label: gpt\n2048,,L\n' | /sbin/sfdisk -q "$image"
+    sectors=$(/sbin/sfdisk -d "$image" | sed -n 's/.*size= *\([0-9]*\).*/\1/p')
+    /sbin/mkfs.ext4 -q -b 4096 -E offset=1048576 -d "$tree" "$image" $((sectors / 2))k
+}
+
 # --- all together -------------------------------------------------------------------------------
 
 # Whether the files are there as the manifest says, from the inputs of this tree.
@@ -297,7 +321,7 @@ intact() {
 }
 
 main() {
-    local inputs vmlinux bzimage cloud initramfs dir file
+    local inputs vmlinux bzimage cloud initramfs debian dir file
     update=no
     [ $# -le 1 ] || die "$USAGE"
     case ${1:-} in
@@ -320,7 +344,9 @@ main() {
     bzimage=$(hash_of "$CONFIG-small" -- bzimage "$SOURCE")
     cloud=$(hash_of -- cloud)
     initramfs=$(hash_of "$GUEST/init" "$GUEST/shellrc" "$GUEST"/tests/*.sh -- initramfs)
-    inputs=$(hash_of "$GUEST/cmdline" "$GUEST/cmdline-cloud" -- "$vmlinux $bzimage $cloud $initramfs")
+    debian=$(hash_of "$GUEST"/debian/* -- debian "$SUITE")
+    inputs=$(hash_of "$GUEST/cmdline" "$GUEST/cmdline-cloud" -- \
+        "$vmlinux $bzimage $cloud $initramfs $debian")
     if [ $update = no ] && current "$inputs"; then
         return
     fi
@@ -336,6 +362,7 @@ main() {
     rm -rf "$CACHE"/tmp.*
 
     part initramfs "$initramfs"
+    part debian "$debian"
     part cloud "$cloud"
     part bzimage "$bzimage"
     part vmlinux "$vmlinux"
@@ -344,7 +371,7 @@ main() {
     rm -f "$ASSETS/manifest"
     {
         echo "inputs $inputs"
-        for dir in "initramfs-$initramfs" "cloud-$cloud" "bzimage-$bzimage" "vmlinux-$vmlinux"; do
+        for dir in "initramfs-$initramfs" "debian-$debian" "cloud-$cloud" "bzimage-$bzimage" "vmlinux-$vmlinux"; do
             cat "$CACHE/$dir/inputs"
             sed 's/^/sha256 /' "$CACHE/$dir/sums"
             for file in "$CACHE/$dir/out"/*; do
