@@ -26,6 +26,8 @@ pub struct Linux {
     initramfs: Option<PathBuf>,
     /// Further options with their values.
     options: Vec<(&'static str, String)>,
+    /// Further options that have no value.
+    switches: Vec<&'static str>,
     /// The value of `--memory`, where it says more than the size.
     memory_option: Option<String>,
     /// The kernel's console: `ttyS0` or `hvc0`.
@@ -40,12 +42,13 @@ impl Linux {
             cmdline: "cmdline",
             cpus: 1,
             memory: 128 * MIB,
-            patience: Duration::from_secs(400),
+            patience: Duration::from_secs(580),
             disk: None,
             net: None,
             program: None,
             initramfs: None,
             options: Vec::new(),
+            switches: Vec::new(),
             memory_option: None,
             console: "ttyS0",
         }
@@ -63,6 +66,12 @@ impl Linux {
         self
     }
 
+    /// With that many vCPUs.
+    pub fn cpus(mut self, cpus: u64) -> Self {
+        self.cpus = cpus;
+        self
+    }
+
     /// With this initramfs instead of the usual one.
     pub fn initramfs(mut self, path: impl Into<PathBuf>) -> Self {
         self.initramfs = Some(path.into());
@@ -72,6 +81,12 @@ impl Linux {
     /// With a further option.
     pub fn option(mut self, name: &'static str, value: impl Into<String>) -> Self {
         self.options.push((name, value.into()));
+        self
+    }
+
+    /// With a further option that has no value.
+    pub fn switch(mut self, name: &'static str) -> Self {
+        self.switches.push(name);
         self
     }
 
@@ -107,6 +122,7 @@ impl Linux {
         let builder = self.options.iter().fold(builder, |builder, (name, value)| {
             builder.option(name, value)
         });
+        let builder = builder.args(self.switches.iter().copied());
         let builder = match &self.program {
             Some(program) => builder.program(program),
             None => builder,

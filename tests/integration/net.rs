@@ -1,13 +1,15 @@
-//! Network devices: a Linux guest and a server at the host's end of the tap, in a network namespace of their own.
+//! Network devices, in a network namespace of their own: a Linux guest and a server at the host's end of the tap; the bare-metal guest
+//! and a peer that sends every frame back.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::thread;
 
 use crate::linux::Linux;
-use crate::support::{Kvm, Vmm, test_guest};
+use crate::support::report::finish;
+use crate::support::{BareMetal, Kvm, Vmm, test_guest};
 
 /// The host's end.
 const HOST: &str = "192.168.249.1";
@@ -22,7 +24,7 @@ fn enter_network_of(pid: u32) {
 }
 
 /// Listens at the host's end as soon as the VMM has made it.
-fn listen(pid: u32, port: u16) -> TcpListener {
+pub fn listen(pid: u32, port: u16) -> TcpListener {
     loop {
         // Until the VMM runs in its own namespace, this enters that of the test.
         enter_network_of(pid);
@@ -81,6 +83,119 @@ fn linux_pings_and_moves_bytes_both_ways() {
             .any(|window| window == received),
         "what the guest sent is not what it has"
     );
+}
+
+/// Ethertype of the bare-metal guest's frames, for local experiments.
+const EXPERIMENT: u16 = 0x88b5;
+
+/// A packet socket on the tap, which hears nothing but the guest's frames (packet(7)).
+#[allow(unsafe_code)]
+fn packet_socket(tap: &str) -> OwnedFd {
+    let name = std::ffi::CString::new(tap).unwrap();
+    // SAFETY: the name ends with NUL; the socket is new; the address is plain numbers, of the size that is told.
+    unsafe {
+        let index = libc::if_nametoindex(name.as_ptr());
+        assert_ne!(index, 0, "{tap}: {}", io::Error::last_os_error());
+        let fd = libc::socket(
+            libc::AF_PACKET,
+            libc::SOCK_RAW | libc::SOCK_CLOEXEC,
+            i32::from(EXPERIMENT.to_be()),
+        );
+        assert!(fd >= 0, "packet socket: {}", io::Error::last_os_error());
+        let socket = OwnedFd::from_raw_fd(fd);
+        let mut address: libc::sockaddr_ll = std::mem::zeroed();
+        address.sll_family = libc::AF_PACKET as u16;
+        address.sll_protocol = EXPERIMENT.to_be();
+        address.sll_ifindex = i32::try_from(index).unwrap();
+        let size = size_of_val(&address) as u32;
+        let result = libc::bind(fd, (&raw const address).cast(), size);
+        assert_eq!(result, 0, "bind: {}", io::Error::last_os_error());
+        socket
+    }
+}
+
+/// Sends each frame back to whoever it comes from, for as long as there is a tap. Gives the lengths of the frames, and fails at one
+/// whose sum is wrong (`test-guest/src/tests/virtio_net.rs`).
+#[allow(unsafe_code)]
+fn send_back(socket: &OwnedFd) -> Vec<usize> {
+    let mut lengths = Vec::new();
+    let mut buffer = [0u8; 16384];
+    loop {
+        // SAFETY: the buffer is as long as is told.
+        let got = unsafe {
+            libc::recv(
+                socket.as_raw_fd(),
+                buffer.as_mut_ptr().cast(),
+                buffer.len(),
+                0,
+            )
+        };
+        // The VMM has ended, and its tap with it.
+        let Ok(length) = usize::try_from(got) else {
+            return lengths;
+        };
+        let frame = &mut buffer[..length];
+        let (data, sum) = frame.split_at(length - 8);
+        let wanted = data[12..]
+            .iter()
+            .fold(0xcbf2_9ce4_8422_2325u64, |sum, byte| {
+                (sum ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3)
+            });
+        assert_eq!(sum, wanted.to_le_bytes(), "frame number {}", lengths.len());
+        let (to, from) = frame[..12].split_at_mut(6);
+        to.swap_with_slice(from);
+        // SAFETY: the frame is as long as is told.
+        let sent = unsafe { libc::send(socket.as_raw_fd(), frame.as_ptr().cast(), frame.len(), 0) };
+        assert_eq!(sent, got, "sending: {}", io::Error::last_os_error());
+        lengths.push(length);
+    }
+}
+
+/// Runs the bare-metal guest's test against a peer; the lengths of the frames that it sent.
+fn frames(kvm: Kvm, net: &str, words: &[&str]) -> (Vec<usize>, u64) {
+    let guest = words
+        .iter()
+        .fold(BareMetal::new(kvm), |g, word| g.word(word));
+    let mut vmm = guest
+        .builder(&["virtio_net"])
+        .option("--net", format!("tap=vmtap0,{net}"))
+        .own_network()
+        .start();
+    vmm.wait_for("READY virtio_net");
+    enter_network_of(vmm.pid());
+    let socket = packet_socket("vmtap0");
+    let peer = thread::spawn(move || send_back(&socket));
+    vmm.send("\n");
+    let report = finish(vmm.wait(), &["virtio_net"]);
+    // With merged buffers, and without.
+    let most = report.values("net_buffers");
+    assert_eq!(most.len(), 2);
+    assert_eq!(most[1], "1");
+    let mac = report.values("net_mac");
+    assert!(mac.iter().all(|mac| *mac == "2e:89:a8:e4:92:01"), "{mac:?}");
+    (peer.join().unwrap(), most[0].parse().unwrap())
+}
+
+#[test]
+fn frames_go_out_and_come_back() {
+    let Some(kvm) = Kvm::here() else { return };
+    let (lengths, buffers) = frames(kvm, "mac=2e:89:a8:e4:92:01", &[]);
+    assert_eq!(buffers, 1);
+    assert_eq!(lengths.iter().max(), Some(&1514));
+    assert_eq!(lengths.iter().min(), Some(&60));
+}
+
+#[test]
+fn frames_over_two_pairs_in_merged_buffers() {
+    let Some(kvm) = Kvm::here() else { return };
+    let (lengths, buffers) = frames(
+        kvm,
+        "mac=2e:89:a8:e4:92:01,num_queues=4,mtu=9000",
+        &["net_pairs=2", "net_mtu=9000"],
+    );
+    // 9014 bytes and a header, in buffers of 2048.
+    assert_eq!(buffers, 5);
+    assert_eq!(lengths.iter().max(), Some(&9014));
 }
 
 #[test]

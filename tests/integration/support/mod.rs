@@ -6,6 +6,7 @@ pub mod initramfs;
 pub mod process;
 pub mod pty;
 pub mod report;
+pub mod sniffer;
 
 pub use files::{Kvm, asset, binary_mmio, test_guest};
 pub use process::{Ended, Vmm};
