@@ -2,6 +2,9 @@
 //!
 //! A slot holds each request in flight, and what the kernel reads of it. Steps that need no kernel, or that io_uring has
 //! no operation for, travel as a no-op, so that the ring's own descriptor is readable whenever a completion waits.
+//!
+//! The file is registered. Memory is not: reads of 4 and 64 KiB, through the page cache and past it, were as fast without
+//! (115,000 a second of 4 KiB either way, at depth 32), and a registered guest's memory would be pinned.
 #![allow(unsafe_code)]
 
 use std::fmt;
