@@ -111,7 +111,7 @@ pub fn run(path: &Path, job: &Job, time: Duration) -> Result<Plain> {
             started += 1;
         }
         let now = start.elapsed();
-        if passed.is_none() && now >= time {
+        if passed.is_none() && operations > 0 && now >= time {
             passed = Some(Plain::rate(operations, now.as_secs_f64(), before));
         }
     }

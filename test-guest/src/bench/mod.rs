@@ -44,9 +44,9 @@ impl Limit {
         }
     }
 
-    /// True when a measurement that has so much behind it is to end.
+    /// True when a measurement that has so much behind it is to end: not before its first operation.
     pub fn reached(&self, operations: u64, ticks: u64) -> bool {
-        operations >= self.count || ticks >= self.ticks
+        operations >= self.count || (operations > 0 && ticks >= self.ticks)
     }
 }
 
