@@ -8,7 +8,7 @@ use std::mem;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 /// Bytes that wait for [`Sniffer::frames`]; what comes later is lost.
-const ROOM: libc::c_int = 32 << 20;
+static ROOM: libc::c_int = 32 << 20;
 /// Ethernet and IPv4 up to the protocol.
 const HEADERS: usize = 34;
 
