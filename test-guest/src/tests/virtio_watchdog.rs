@@ -2,7 +2,7 @@
 
 use super::{at_cpl3, ensure, same};
 use crate::cpu::wait_for_interrupt;
-use crate::outcome::{Outcome, Reason};
+use crate::outcome::Outcome;
 use crate::virtio::queue::{Queue, Segment};
 use crate::virtio::{Transport, wait_for};
 use crate::{dma, line, map};
