@@ -7,9 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use arch::acpi::VirtioMmio;
 use devices::ioapic::{Ioapic, PINS};
 use hypervisor::{IoEventAddress, Vm};
-use virtio_devices::transport::mmio::{
-    Host, Notifications, QUEUE_NOTIFY, SIZE, VirtioMmioDevice,
-};
+use virtio_devices::transport::mmio::{Host, Notifications, QUEUE_NOTIFY, SIZE, VirtioMmioDevice};
 use vm_allocator::{AddressAllocator, AllocatorError, IdAllocator};
 use vm_device::Bus;
 use vm_virtio::{Spawn, VirtioDevice};

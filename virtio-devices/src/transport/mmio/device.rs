@@ -11,7 +11,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::MmioError;
 use super::interrupt::MmioInterrupt;
 use super::notify::Notifications;
-use super::registers::{self, CONFIG, QUEUE_NOTIFY};
+use super::registers::{self, CONFIG, INTERRUPT_ACK, INTERRUPT_STATUS, QUEUE_NOTIFY};
 
 /// Bytes of a device's registers and its configuration space together.
 pub const SIZE: u64 = 0x1000;
@@ -169,7 +169,10 @@ impl<M: DeviceMemory> BusDevice for VirtioMmioDevice<M> {
         if let Some(offset) = offset.checked_sub(CONFIG) {
             self.core().read_config(offset, data);
         } else if data.len() == 4 {
-            let value = registers::read(&mut self.core(), &self.interrupt, offset);
+            let value = match offset {
+                INTERRUPT_STATUS => self.interrupt.status(),
+                _ => registers::read(&mut self.core(), offset),
+            };
             data.copy_from_slice(&value.to_le_bytes());
         } else {
             data.fill(0);
@@ -182,6 +185,7 @@ impl<M: DeviceMemory> BusDevice for VirtioMmioDevice<M> {
         } else if let Ok(value) = data.try_into().map(u32::from_le_bytes) {
             match offset {
                 QUEUE_NOTIFY => self.kick(value),
+                INTERRUPT_ACK => self.interrupt.acknowledge(value),
                 _ => registers::write(&mut self.core(), &self.interrupt, offset, value),
             }
         }

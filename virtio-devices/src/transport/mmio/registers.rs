@@ -28,8 +28,8 @@ const QUEUE_NUM: u64 = 0x038;
 const QUEUE_READY: u64 = 0x044;
 /// Offset of the register of notifications: the driver writes a queue's number to it.
 pub const QUEUE_NOTIFY: u64 = 0x050;
-const INTERRUPT_STATUS: u64 = 0x060;
-const INTERRUPT_ACK: u64 = 0x064;
+pub(super) const INTERRUPT_STATUS: u64 = 0x060;
+pub(super) const INTERRUPT_ACK: u64 = 0x064;
 const STATUS: u64 = 0x070;
 const QUEUE_DESC: u64 = 0x080;
 const QUEUE_DRIVER: u64 = 0x090;
@@ -46,12 +46,8 @@ const ADDRESSES: [(u64, QueueAddress); 3] = [
     (QUEUE_DEVICE, QueueAddress::Used),
 ];
 
-/// The driver reads the register at `offset`.
-pub(super) fn read<M: DeviceMemory>(
-    core: &mut DeviceCore<M>,
-    interrupt: &MmioInterrupt,
-    offset: u64,
-) -> u32 {
+/// The driver reads the register at `offset`, which is not the interrupt status.
+pub(super) fn read<M: DeviceMemory>(core: &mut DeviceCore<M>, offset: u64) -> u32 {
     let registers = core.registers();
     match offset {
         MAGIC_VALUE => MAGIC,
@@ -61,7 +57,6 @@ pub(super) fn read<M: DeviceMemory>(
         DEVICE_FEATURES => registers.device_features(),
         QUEUE_NUM_MAX => registers.queue_max_size().into(),
         QUEUE_READY => registers.queue_ready().into(),
-        INTERRUPT_STATUS => interrupt.status(),
         STATUS => registers.status().into(),
         SHM_LEN_LOW..=SHM_BASE_HIGH if offset.is_multiple_of(4) => NO_REGION,
         CONFIG_GENERATION => core.config_generation(),
@@ -70,7 +65,7 @@ pub(super) fn read<M: DeviceMemory>(
     }
 }
 
-/// The driver writes `value` to the register at `offset`, which is not that of notifications.
+/// The driver writes `value` to the register at `offset`, which is neither that of notifications nor that of the interrupt.
 pub(super) fn write<M: DeviceMemory>(
     core: &mut DeviceCore<M>,
     interrupt: &MmioInterrupt,
@@ -86,7 +81,6 @@ pub(super) fn write<M: DeviceMemory>(
         QUEUE_SEL => registers.select_queue(u16::try_from(value).unwrap_or(u16::MAX)),
         QUEUE_NUM => registers.write_queue_size(u16::try_from(value).unwrap_or(0)),
         QUEUE_READY if value < 2 => registers.write_queue_ready(value == 1),
-        INTERRUPT_ACK => interrupt.acknowledge(value),
         STATUS => {
             if let Ok(value) = u8::try_from(value) {
                 write_status(core, interrupt, value);
