@@ -2,6 +2,8 @@
 
 use std::fs;
 
+use crate::disks::{Images, check_file_system, file_system};
+use crate::linux::Linux;
 use crate::support::{BareMetal, Kvm, Vmm, report, test_guest};
 
 /// A disk of 1 MiB.
@@ -53,4 +55,19 @@ fn the_serial_port_cannot_be_behind_it() {
         .wait();
     let line = ended.expect_refusal();
     assert!(line.starts_with("--serial: iommu=on is wrong"), "{line}");
+}
+
+#[test]
+fn linux_reads_and_writes_a_file_system_behind_it() {
+    let Some(kvm) = Kvm::here() else { return };
+    let images = Images::new();
+    let raw = file_system(&images);
+    let ended = Linux::new(kvm)
+        .disk(format!("path={},iommu=on,num_queues=2", raw.display()))
+        .run("disk");
+    check_file_system(&images, &raw);
+    // It found the IOMMU, and put the disk behind it.
+    assert!(ended.out.contains("virtio_iommu virtio0:"), "no IOMMU");
+    let group = "0000:00:02.0: Adding to iommu group";
+    assert!(ended.out.contains(group), "no group");
 }
