@@ -62,7 +62,7 @@ fn linux_uses_every_device_at_once() {
             "--vsock",
             format!("cid=42,socket={}", dir.join("vsock").display()),
         )
-        .option("--balloon", "size=4M")
+        .option("--balloon", "size=16M")
         .option("--pmem", format!("file={}", pmem.display()))
         .switch("--pvpanic")
         .switch("--watchdog")
