@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 
 use crate::args::Args;
 use crate::block::Images;
-use crate::clock;
+use crate::clock::{self, Agreement};
 use crate::counters::Plain;
 use crate::life;
 use crate::net::{Isolated, isolate};
@@ -21,12 +21,17 @@ use crate::vmm::{Measured, Vmm, limits};
 struct Sample {
     value: f64,
     costs: Option<Costs>,
+    clocks: Agreement,
 }
 
 impl Sample {
     /// Of no operations.
     fn of(value: f64) -> Self {
-        Self { value, costs: None }
+        Self {
+            value,
+            costs: None,
+            clocks: Agreement::default(),
+        }
     }
 
     /// Of a host program.
@@ -36,8 +41,8 @@ impl Sample {
             ..Costs::default()
         };
         Self {
-            value: plain.value,
             costs: Some(costs),
+            ..Self::of(plain.value)
         }
     }
 
@@ -53,6 +58,7 @@ impl Sample {
         Self {
             value,
             costs: Some(costs),
+            clocks: measured.clocks,
         }
     }
 }
@@ -95,6 +101,7 @@ pub fn all(args: &Args, benchmarks: &[Benchmark]) -> Result<Report> {
 impl Runner<'_> {
     fn benchmark(&self, benchmark: &Benchmark, progress: &mut Progress) -> Result<Vec<Row>> {
         let mut rows: Vec<Row> = benchmark.entrants.iter().map(Row::new).collect();
+        let mut clocks = Agreement::default();
         // The first turn also warms everything up: images are made, files are in the page cache.
         for turn in 0..=self.args.runs {
             for (entrant, row) in benchmark.entrants.iter().zip(&mut rows) {
@@ -107,6 +114,9 @@ impl Runner<'_> {
                     continue;
                 }
                 let sample = self.measure(entrant, turn == 0);
+                if let Ok(sample) = &sample {
+                    clocks.add(sample.clocks);
+                }
                 match sample {
                     Ok(sample) if turn == 0 => row.costs = sample.costs,
                     Ok(sample) => row.add(sample.value, sample.costs.and_then(|c| c.cpu_us)),
@@ -117,6 +127,7 @@ impl Runner<'_> {
                 }
             }
         }
+        clocks.check()?;
         for row in &mut rows {
             if let Some(costs) = &mut row.costs {
                 // Of the turns that nobody traced.
