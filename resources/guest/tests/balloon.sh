@@ -5,7 +5,7 @@ before=$(dmesg | sed -n 's/.*Memory: \([0-9]*\)K.*/\1/p')
 [ -n "$before" ] || exit 1
 for _ in $(seq 120); do
     after=$(sed -n 's/^MemTotal: *\([0-9]*\) kB/\1/p' /proc/meminfo)
-    if [ $((before - after)) -ge 20480 ]; then
+    if [ $((before - after)) -ge 16384 ]; then
         # It takes no more.
         sleep 2
         after=$(sed -n 's/^MemTotal: *\([0-9]*\) kB/\1/p' /proc/meminfo)
