@@ -17,7 +17,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// Guest RAM in MiB.
 pub const MEMORY_MIB: u64 = 128;
 /// How long the guest rests before and after a measurement, while the host looks at its counters.
-const SETTLE: Duration = Duration::from_millis(5);
+const SETTLE: Duration = Duration::from_millis(20);
 
 /// A line of the guest, and when it came.
 struct Line(Instant, String);
