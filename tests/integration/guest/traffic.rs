@@ -10,6 +10,8 @@ use std::time::Duration;
 
 const GUEST: &str = "192.168.249.2";
 const HOST: &str = "192.168.249.1";
+/// Processors of the guest.
+const CPUS: u32 = 2;
 /// Bytes each way in a stream.
 const STREAM: usize = 1 << 20;
 /// Bytes of the datagrams that go to the host and come back.
@@ -78,7 +80,7 @@ fn streams(listener: &TcpListener) -> Result<()> {
         stream.read_exact(&mut id)?;
         let id = u32::from(id[0]);
         threads.push(thread::spawn(move || {
-            let served = stay_on(id).map_err(Into::into);
+            let served = stay_on(id % CPUS).map_err(Into::into);
             let served = served.and_then(|()| both_ways(stream, id));
             served.map_err(|e| e.to_string())
         }));
