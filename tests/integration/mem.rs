@@ -47,7 +47,10 @@ fn the_guest_is_not_told_of_it_as_ram() {
         .builder(&tests);
     let report = finish(builder.start().wait(), &tests);
     for range in report.values("range") {
-        assert!(!range.starts_with("0x100000000 "), "RAM above 4 GiB: {range}");
+        assert!(
+            !range.starts_with("0x100000000 "),
+            "RAM above 4 GiB: {range}"
+        );
     }
 }
 
