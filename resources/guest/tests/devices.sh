@@ -76,11 +76,11 @@ check_rng() {
 
 check_vsock() { /tests/vsock_words; }
 
-# Waits until a command succeeds; but not forever.
+# Waits until a command succeeds; but not forever, and leaving the processor to the kernel's threads.
 wait_for() {
-    for _ in $(seq 300); do
+    for _ in $(seq 100); do
         "$@" && return
-        usleep 200000
+        sleep 3
     done
     return 1
 }
