@@ -4,6 +4,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
@@ -289,6 +290,88 @@ fn disks_that_cannot_be() {
     refused("path=/dev/null".into(), "neither a file nor a block device");
     refused("path=x,queue_size=7".into(), "queue_size=7");
     refused("path=x,socket=/s".into(), "not built yet");
+    refused(
+        "path=x,rate_limit_group=none".into(),
+        "rate_limit_group=none is wrong; --rate-limit-group gives no such id",
+    );
+    refused(
+        "path=x,ops_size=1".into(),
+        "needs both ops_size and ops_refill_time",
+    );
+    refused(
+        "path=x,queue_affinity=[7@[0]]".into(),
+        "there is no queue 7",
+    );
+    let disk = format!(
+        "path={},queue_affinity=[0@[1023]]",
+        text(&images.raw("raw"))
+    );
+    refused(disk, "to CPUs [1023] of the host");
+}
+
+#[test]
+fn disks_of_a_group_share_its_limit() {
+    let Some(kvm) = Kvm::here() else { return };
+    let images = Images::new();
+    let (raw, qcow2) = (images.raw("raw"), images.qcow2("qcow2", &[]));
+    let begin = Instant::now();
+    let ended = BareMetal::new(kvm)
+        .word(&format!("blk_sectors={}", SIZE / 512))
+        .builder(&["virtio_blk"])
+        .option(
+            "--rate-limit-group",
+            "id=slow,ops_size=1000,ops_refill_time=1000",
+        )
+        .option(
+            "--disk",
+            format!("path={},rate_limit_group=slow", text(&raw)),
+        )
+        .option(
+            "--disk",
+            format!("path={},rate_limit_group=slow,sparse=off", text(&qcow2)),
+        )
+        .start()
+        .wait();
+    finish(ended, &["virtio_blk"]);
+    // The guest makes more than six thousand requests, of which a thousand are free.
+    assert!(begin.elapsed().as_secs() >= 5, "{:?}", begin.elapsed());
+    check(&qcow2);
+}
+
+#[test]
+fn the_thread_of_a_queue_is_bound_to_its_cpus() {
+    let Some(kvm) = Kvm::here() else { return };
+    let images = Images::new();
+    let path = images.raw("disk");
+    // The second request waits for an hour, and the VM with it.
+    let disk = format!(
+        "path={},id=d,num_queues=2,queue_affinity=[0@[0]],ops_size=1,ops_refill_time=3600000",
+        text(&path)
+    );
+    let mut vmm = BareMetal::new(kvm)
+        .word(&format!("blk_sectors={} blk_queues=2", SIZE / 512))
+        .builder(&["virtio_blk"])
+        .option("--disk", disk)
+        .start();
+    let tasks = PathBuf::from(format!("/proc/{}/task", vmm.pid()));
+    // CPUs of the thread with this name; threads come and go meanwhile.
+    let cpus = |name: &str| {
+        fs::read_dir(&tasks).ok()?.flatten().find_map(|task| {
+            let status = fs::read_to_string(task.path().join("status")).ok()?;
+            let field = |key| {
+                let line = status.lines().find_map(|l| l.strip_prefix(key))?;
+                Some(line.trim().to_owned())
+            };
+            (field("Name:")? == name).then(|| field("Cpus_allowed_list:"))?
+        })
+    };
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while cpus("d_q0").as_deref() != Some("0") {
+        assert!(Instant::now() < deadline, "d_q0 is on {:?}", cpus("d_q0"));
+        std::thread::yield_now();
+    }
+    vmm.signal(libc::SIGTERM);
+    assert!(vmm.wait_exit().success());
 }
 
 /// An ext4 file system as the host makes it, with a file and its sum.
