@@ -3,7 +3,7 @@
 //! Words: `blk_wanted=SECTORS` that the disk is to have in the end.
 
 use super::{ensure, same};
-use crate::cpu::{idt, wait_for_interrupt};
+use crate::cpu::{disable_interrupts, enable_interrupts, idt};
 use crate::outcome::{Outcome, Reason};
 use crate::virtio::Transport;
 use crate::virtio::blk::{Blk, IN, OK, Setup};
@@ -23,9 +23,12 @@ pub fn resize() -> Outcome {
     ensure("another size than before", before != wanted)?;
     let seen = idt::count(Transport::config_vector());
     line!("READY");
+    // Not by HLT: a software KVM may hold back an interrupt that is pending before STI and HLT, until the next one.
+    enable_interrupts();
     while idt::count(Transport::config_vector()) == seen {
-        wait_for_interrupt();
+        core::hint::spin_loop();
     }
+    disable_interrupts();
     same("sectors", blk.capacity(), wanted)?;
     let buffer = dma::take(512, 512)?;
     let done = blk.run(0, IN, wanted - 1, &[Segment::writable(buffer, 512)])?;
