@@ -3,6 +3,7 @@
 //! Words: `blk_wanted=SECTORS` that the disk is to have in the end.
 
 use super::{ensure, same};
+use crate::clock::within;
 use crate::cpu::{disable_interrupts, enable_interrupts, idt};
 use crate::outcome::{Outcome, Reason};
 use crate::virtio::Transport;
@@ -23,11 +24,9 @@ pub fn resize() -> Outcome {
     ensure("another size than before", before != wanted)?;
     let seen = idt::count(Transport::config_vector());
     line!("READY");
-    // Not by HLT: a software KVM may hold back an interrupt that is pending before STI and HLT, until the next one.
+    // Not by HLT: a software KVM may hold back an interrupt that was pending before STI until the next exit, such as the clock's.
     enable_interrupts();
-    while idt::count(Transport::config_vector()) == seen {
-        core::hint::spin_loop();
-    }
+    while !within(1000, || idt::count(Transport::config_vector()) != seen) {}
     disable_interrupts();
     same("sectors", blk.capacity(), wanted)?;
     let buffer = dma::take(512, 512)?;
