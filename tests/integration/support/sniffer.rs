@@ -40,7 +40,7 @@ impl Sniffer {
             );
             assert!(fd >= 0, "packet socket: {}", io::Error::last_os_error());
             let fd = OwnedFd::from_raw_fd(fd);
-            let size = mem::size_of::<libc::c_int>() as libc::socklen_t;
+            let size = size_of::<libc::c_int>() as libc::socklen_t;
             let result = libc::setsockopt(
                 fd.as_raw_fd(),
                 libc::SOL_SOCKET,
@@ -58,7 +58,7 @@ impl Sniffer {
             let result = libc::bind(
                 fd.as_raw_fd(),
                 (&raw const address).cast(),
-                mem::size_of::<libc::sockaddr_ll>() as libc::socklen_t,
+                size_of::<libc::sockaddr_ll>() as libc::socklen_t,
             );
             assert_eq!(result, 0, "{name:?}: {}", io::Error::last_os_error());
             Self(fd)
@@ -73,7 +73,7 @@ impl Sniffer {
             // SAFETY: zeros are an address; the buffers and lengths are this block's own.
             let (len, address) = unsafe {
                 let mut address: libc::sockaddr_ll = mem::zeroed();
-                let mut size = mem::size_of_val(&address) as libc::socklen_t;
+                let mut size = size_of_val(&address) as libc::socklen_t;
                 let len = libc::recvfrom(
                     self.0.as_raw_fd(),
                     bytes.as_mut_ptr().cast(),
