@@ -23,9 +23,9 @@ pub fn resize() -> Outcome {
     line!("VALUE blk_sectors {before}");
     ensure("another size than before", before != wanted)?;
     let seen = idt::count(Transport::config_vector());
-    line!("READY");
-    // Not by HLT: a software KVM may hold back an interrupt that was pending before STI until the next exit, such as the clock's.
+    // Before the host may act: a software KVM holds back an interrupt that was pending before STI until the next one comes.
     enable_interrupts();
+    line!("READY");
     while !within(1000, || idt::count(Transport::config_vector()) != seen) {}
     disable_interrupts();
     same("sectors", blk.capacity(), wanted)?;
