@@ -55,14 +55,14 @@ fn linux_uses_every_device_at_once() {
         .initramfs(&files)
         .disk(format!("path={}", disk.display()))
         .net("tap=,mac=2e:89:a8:e4:92:02")
-        .memory_option("size=128M,hotplug_method=virtio-mem,hotplug_size=128M,hotplugged_size=64M")
+        .memory_option("size=128M,hotplug_method=virtio-mem,hotplug_size=128M")
         .option("--console", format!("file={}", console.display()))
         .option("--rng", "src=/dev/urandom")
         .option(
             "--vsock",
             format!("cid=42,socket={}", dir.join("vsock").display()),
         )
-        .option("--balloon", "size=16M")
+        .option("--balloon", "size=0")
         .option("--pmem", format!("file={}", pmem.display()))
         .switch("--pvpanic")
         .switch("--watchdog")
