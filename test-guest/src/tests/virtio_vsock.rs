@@ -118,17 +118,15 @@ fn echo(vsock: &mut Vsock, stream: &mut Stream) -> Outcome {
 
 /// The peer has closed; we let go.
 fn closed(vsock: &mut Vsock, stream: &mut Stream) -> Outcome {
-    loop {
-        let packet = vsock.expect(stream, op::SHUTDOWN)?;
-        vsock.done(stream, &packet)?;
-        if packet.flags == NOTHING {
-            return vsock.send(stream, op::RST, 0, 0, |_| {});
-        }
-        same("the half that is done", packet.flags.into(), NO_SEND.into())?;
-        vsock.send(stream, op::SHUTDOWN, NOTHING, 0, |_| {})?;
-        let packet = vsock.expect(stream, op::RST)?;
-        return vsock.done(stream, &packet);
+    let packet = vsock.expect(stream, op::SHUTDOWN)?;
+    vsock.done(stream, &packet)?;
+    if packet.flags == NOTHING {
+        return vsock.send(stream, op::RST, 0, 0, |_| {});
     }
+    same("the half that is done", packet.flags.into(), NO_SEND.into())?;
+    vsock.send(stream, op::SHUTDOWN, NOTHING, 0, |_| {})?;
+    let packet = vsock.expect(stream, op::RST)?;
+    vsock.done(stream, &packet)
 }
 
 /// A program of the host connects; it gets back what it sends.

@@ -302,7 +302,8 @@ mod openapi {
     use super::super::{DeviceNode, Ping, Resize, ResizeDisk, VmInfo, VmState};
     use crate::config::{
         BalloonConfig, ConsoleConfig, CpuTopologyConfig, CpusConfig, DiskConfig, MemoryConfig,
-        NetConfig, PayloadConfig, PmemConfig, RateLimitConfig, RngConfig, TokenBucketConfig, VmConfig, VsockConfig,
+        NetConfig, PayloadConfig, PmemConfig, RateLimitConfig, RngConfig, TokenBucketConfig,
+        VmConfig, VsockConfig,
     };
 
     fn document() -> Value {
