@@ -99,10 +99,13 @@ impl Ask {
                     u32::from(*flags),
                     0,
                 ]
-                .map(word);
+                .into_iter()
+                .for_each(word);
             }
             Self::Detach { domain, endpoint } => {
-                [2, u32::from(*domain), u32::from(*endpoint), 0, 0].map(word);
+                [2, u32::from(*domain), u32::from(*endpoint), 0, 0]
+                    .into_iter()
+                    .for_each(word);
             }
             Self::Map {
                 domain,
@@ -135,7 +138,7 @@ impl Ask {
             Self::Probe(endpoint) => {
                 word(5);
                 word((*endpoint).into());
-                [0; 16].map(word);
+                [0; 16].into_iter().for_each(word);
                 writable = 68;
             }
             Self::Any(any, room) => {

@@ -294,7 +294,7 @@ fn state_survives_and_is_checked() {
             &|s| s.attached[0].0 = 0x99,
             "an endpoint that is not there, or is in two domains",
         ),
-        (&|s| drop(s.attached.pop()), "a domain without endpoints"),
+        (&|s| s.attached.truncate(1), "a domain without endpoints"),
         (
             &|s| s.domains[0].mappings.as_mut().unwrap()[0].last = 5,
             "a mapping that cannot be",
