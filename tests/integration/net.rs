@@ -56,21 +56,21 @@ fn sha256(bytes: &[u8], name: &str) -> Vec<u8> {
 fn linux_pings_and_moves_bytes_both_ways() {
     let Some(kvm) = Kvm::here() else { return };
     // As in the user's own command line: empty values are the defaults.
-    talk(Linux::new(kvm).net("tap=,mac=2e:89:a8:e4:92:00,ip=,mask="));
+    talk(&Linux::new(kvm).net("tap=,mac=2e:89:a8:e4:92:00,ip=,mask="));
 }
 
 #[test]
 fn linux_moves_bytes_behind_the_iommu() {
     let Some(kvm) = Kvm::here() else { return };
     talk(
-        Linux::new(kvm)
+        &Linux::new(kvm)
             .net("tap=,mac=2e:89:a8:e4:92:00,iommu=on")
             .option("--rng", "iommu=on"),
     );
 }
 
 /// Linux pings, takes a file and sends one.
-fn talk(linux: Linux) {
+fn talk(linux: &Linux) {
     let vmm = linux.start("ch.test=net");
     let pid = vmm.pid();
     let server = thread::spawn(move || {
