@@ -1,15 +1,20 @@
 #!/bin/busybox sh
 # Looks at every device from user space. One line each: DEVICE name OK ..., or DEVICE name FAIL ...
 # The host has arranged the other ends and looks at them afterwards (tests/integration/devices.rs).
+# Functions are called by their names:
+# shellcheck disable=SC2317
 
 ok() { echo "DEVICE $*"; }
 
 # check NAME WORDS...: runs check_NAME, whose last words say what it saw.
 check() {
-    if words=$("check_$1" 2>&1); then
-        ok "$1 OK" $words
+    words=$("check_$1" 2>&1)
+    result=$?
+    words=$(printf '%s' "$words" | tr '\n' ' ')
+    if [ "$result" = 0 ]; then
+        ok "$1 OK" "$words"
     else
-        ok "$1 FAIL" $words
+        ok "$1 FAIL" "$words"
         failed=1
     fi
 }
@@ -70,7 +75,10 @@ check_rng() {
     read -r current </sys/devices/virtual/misc/hw_random/rng_current
     [ "${current%.*}" = virtio_rng ] || { echo "$current" && return 1; }
     first=$(head -c 16 /dev/hwrng | xxd -p) && second=$(head -c 16 /dev/hwrng | xxd -p) || return
-    [ ${#first} = 32 ] && [ "$first" != "$second" ] || { echo "$first $second" && return 1; }
+    if [ ${#first} != 32 ] || [ "$first" = "$second" ]; then
+        echo "$first $second"
+        return 1
+    fi
     echo "$current"
 }
 
