@@ -1,6 +1,7 @@
 //! The guest tells that it panicked.
 
 use std::fs;
+use std::time::Duration;
 
 use tempfile::TempDir;
 
@@ -52,6 +53,7 @@ fn linux_tells_that_it_panicked() {
     let cmdline = fs::read_to_string(asset("cmdline")).expect("the command line");
     let log = Log::new();
     let mut vmm = Vmm::builder()
+        .patience(Duration::from_secs(400))
         .args(["--pvpanic", "-v"])
         .option("--log-file", log.path())
         .option("--kernel", asset("vmlinux"))
