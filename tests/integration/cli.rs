@@ -55,7 +55,7 @@ fn help_is_printed_whole_to_a_reader_that_leaves() {
 
 #[test]
 fn devices_of_later_versions_are_refused_by_name() {
-    for option in ["--fs", "--pmem", "--gdb", "--restore"] {
+    for option in ["--fs", "--device", "--gdb", "--restore"] {
         let ended = run(&["--kernel", "k", option, "path=a"]);
         let line = ended.expect_refusal();
         assert!(
