@@ -94,6 +94,14 @@ impl Kvm {
     }
 }
 
+/// Takes the features out of KVM's leaf 0x40000001 that a guest uses by VMCALL: KVM_FEATURE_PV_UNHALT (bit 7), PV_SEND_IPI (11) and
+/// PV_SCHED_YIELD (13).
+fn without_hypercalls(cpuid: &mut [CpuidEntry]) {
+    for entry in cpuid.iter_mut().filter(|e| e.function == 0x4000_0001) {
+        entry.eax &= !(1 << 7 | 1 << 11 | 1 << 13);
+    }
+}
+
 impl Hypervisor for Kvm {
     fn create_vm(&self, ram: Arc<dyn GuestRam>) -> Result<Arc<dyn Vm>, HypervisorError> {
         let fd = self.fd.create_vm().map_err(ioctl("creating a VM"))?;
@@ -101,12 +109,18 @@ impl Hypervisor for Kvm {
         Ok(Arc::new(vm::KvmVm::new(fd, ram, mend_syscall)?))
     }
 
+    /// KVM's list. Where it emulates kernel code, without what makes a guest call it: there a VMCALL can repeat without end, as Linux
+    /// sees with four vCPUs that send each other interrupts.
     fn supported_cpuid(&self) -> Result<Vec<CpuidEntry>, HypervisorError> {
         let cpuid = self
             .fd
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .map_err(ioctl("getting the supported CPUID"))?;
-        Ok(cpuid.as_slice().to_vec())
+        let mut cpuid = cpuid.as_slice().to_vec();
+        if syscall_remedy::needed(&self.fd) {
+            without_hypercalls(&mut cpuid);
+        }
+        Ok(cpuid)
     }
 
     /// KVM's list without those MSRs that it then refuses to read or to set, which are named in
@@ -162,6 +176,18 @@ fn ioctl(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> HypervisorError {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn features_that_take_hypercalls_go_and_others_stay() {
+        let entry = |function| CpuidEntry {
+            function,
+            eax: u32::MAX,
+            ..CpuidEntry::default()
+        };
+        let mut cpuid = [entry(0x4000_0000), entry(0x4000_0001), entry(1)];
+        without_hypercalls(&mut cpuid);
+        assert_eq!(cpuid.map(|e| !e.eax), [0, 0x2880, 0]);
+    }
 
     fn text(errno: i32) -> String {
         let error = open_error(io::Error::from_raw_os_error(errno));
