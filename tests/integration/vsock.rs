@@ -268,7 +268,6 @@ fn sockets_that_cannot_be() {
     refuses("", &["--vsock", "cid is missing"]);
     refuses("cid=3", &["--vsock: socket is missing"]);
     refuses("cid=2,socket=v", &["--vsock", "cid=2", "from 3 to"]);
-    refuses("cid=3,socket=v,iommu=on", &["iommu is not built yet"]);
     refuses(&at(Path::new(&"v".repeat(97))), &["up to 96 bytes"]);
     refuses(
         &at(Path::new("/no/such/dir/v")),
