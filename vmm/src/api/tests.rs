@@ -375,7 +375,10 @@ mod openapi {
             dies_per_package: 1,
             packages: 1,
         };
-        let file = ConsoleConfig::parse("--serial", "file=/f").unwrap();
+        // What a console has depends on its mode.
+        let console = |text| json!(ConsoleConfig::parse("--console", text).unwrap());
+        let mut file = console("file=/f,iommu=on");
+        file["socket"] = console("socket=/s")["socket"].clone();
         let vsock = VsockConfig::parse("cid=3,socket=/v").unwrap();
         let bucket = TokenBucketConfig {
             size: 1,
@@ -402,7 +405,7 @@ mod openapi {
             ("CpuTopology", json!(topology)),
             ("MemoryConfig", json!(MemoryConfig::default())),
             ("PayloadConfig", json!(PayloadConfig::default())),
-            ("ConsoleConfig", json!(file)),
+            ("ConsoleConfig", file),
             ("DiskConfig", json!(DiskConfig::default())),
             ("NetConfig", json!(NetConfig::default())),
             ("RngConfig", json!(RngConfig::default())),
