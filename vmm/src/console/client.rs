@@ -97,11 +97,17 @@ impl<'a> Clients<'a> {
     /// Until the output is closed.
     pub(super) fn serve(mut self, events: &EventSender) -> io::Result<()> {
         loop {
+            let mut all = false;
             if self.sending.len() < ON_THE_WAY {
                 let printed = self.shared.take(events);
+                all = printed.is_empty();
                 self.remember(&printed);
             }
             self.send();
+            if !all && self.sending.len() < ON_THE_WAY {
+                // There may be more, of which nobody tells: what was printed after other text wakes nobody.
+                let _ = self.wake.write(1);
+            }
             self.pass_on();
             // Whoever waits for all to be written hears of it here.
             if self.shared.written(!self.sending.is_empty()) {

@@ -165,12 +165,14 @@ impl Door {
                         }
                     }
                 }
-                // Equal events that follow each other are told as one: the number can be wrong, the terminal is not.
-                *openers = if is_open_somewhere(master)? {
-                    (*openers).max(1)
-                } else {
-                    0
-                };
+                // Equal events that follow each other are told as one, and an open may be told later: the number can be wrong, the
+                // terminal is not.
+                if !is_open_somewhere(master)? {
+                    *openers = 0;
+                } else if *openers == 0 {
+                    *openers = 1;
+                    came = true;
+                }
                 Ok(match *openers {
                     0 if before > 0 => Visit::Left,
                     0 => Visit::Nothing,
