@@ -105,10 +105,7 @@ impl<M: DeviceMemory> VirtioDevice<M> for Watchdog<M> {
     }
 
     fn deactivate(&mut self) -> Result<Vec<DeviceQueue>, DeviceError> {
-        let handlers = match self.worker.take() {
-            Some(worker) => worker.stop()?,
-            None => Vec::new(),
-        };
+        let handlers = Worker::stop_any(&mut self.worker)?;
         if let Some(handler) = handlers.first() {
             self.armed = handler.armed;
         }

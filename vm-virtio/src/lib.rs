@@ -45,10 +45,7 @@
 //!     }
 //!
 //!     fn deactivate(&mut self) -> Result<Vec<DeviceQueue>, DeviceError> {
-//!         let handlers = match self.worker.take() {
-//!             Some(worker) => worker.stop()?,
-//!             None => Vec::new(),
-//!         };
+//!         let handlers = Worker::stop_any(&mut self.worker)?;
 //!         Ok(handlers.into_iter().flat_map(|handler| handler.queues).collect())
 //!     }
 //!

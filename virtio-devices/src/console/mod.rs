@@ -195,10 +195,7 @@ impl<M: DeviceMemory> VirtioDevice<M> for Console<M> {
 
     fn deactivate(&mut self) -> Result<Vec<DeviceQueue>, DeviceError> {
         self.terminal.detach();
-        let handlers = match self.worker.take() {
-            Some(worker) => worker.stop()?,
-            None => Vec::new(),
-        };
+        let handlers = Worker::stop_any(&mut self.worker)?;
         Ok(handlers
             .into_iter()
             .flat_map(Handler::into_queues)

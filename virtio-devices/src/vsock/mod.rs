@@ -154,10 +154,7 @@ impl<M: DeviceMemory> VirtioDevice<M> for Vsock<M> {
     }
 
     fn deactivate(&mut self) -> Result<Vec<DeviceQueue>, DeviceError> {
-        let handlers = match self.worker.take() {
-            Some(worker) => worker.stop()?,
-            None => Vec::new(),
-        };
+        let handlers = Worker::stop_any(&mut self.worker)?;
         let mut home = Vec::new();
         for handler in handlers {
             let (queues, streams, event) = handler.into_parts();

@@ -157,6 +157,14 @@ impl<M: DeviceMemory> DeviceCore<M> {
         self.kicks.get(usize::from(index)).map(|kick| &**kick)
     }
 
+    /// Copies of the descriptors of all queues' notifications: who notifies by them needs no lock.
+    ///
+    /// # Errors
+    /// When there are too many descriptors.
+    pub fn kicks(&self) -> io::Result<Box<[EventFd]>> {
+        self.kicks.iter().map(|kick| kick.try_clone()).collect()
+    }
+
     /// The device works: its queues are with it.
     #[must_use]
     pub fn is_active(&self) -> bool {

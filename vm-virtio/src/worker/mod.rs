@@ -199,6 +199,14 @@ impl<H: QueueHandler + 'static> Worker<H> {
             name: self.name.clone(),
         })
     }
+
+    /// As [`stop`](Self::stop), for a device that has a worker while it is active: none gives no handlers.
+    ///
+    /// # Errors
+    /// As for [`stop`](Self::stop).
+    pub fn stop_any(worker: &mut Option<Self>) -> Result<Vec<H>, WorkerError> {
+        worker.take().map_or_else(|| Ok(Vec::new()), Self::stop)
+    }
 }
 
 impl<H> Worker<H> {

@@ -1,6 +1,5 @@
 //! The device on the bus: its page, and the life of what is behind it.
 
-use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use log::debug;
@@ -73,14 +72,10 @@ impl<M: DeviceMemory> VirtioMmioDevice<M> {
                 id: id.to_owned(),
                 source,
             })?;
-        // Copies of the descriptors: who notifies needs no lock.
-        let kicks: Box<[EventFd]> = (0..core.registers().queue_count())
-            .filter_map(|index| core.kick(index).map(EventFd::try_clone))
-            .collect::<io::Result<_>>()
-            .map_err(|source| MmioError::Notification {
-                id: id.to_owned(),
-                source,
-            })?;
+        let kicks = core.kicks().map_err(|source| MmioError::Notification {
+            id: id.to_owned(),
+            source,
+        })?;
         let mut connected = Vec::new();
         for (queue, kick) in (0..).zip(&kicks) {
             match notifications.connect(queue, kick) {

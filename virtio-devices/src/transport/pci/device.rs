@@ -78,10 +78,8 @@ impl<M: DeviceMemory> VirtioPciDevice<M> {
                 id: id.to_owned(),
                 source,
             })?;
-        // Copies of the descriptors: who notifies needs no lock.
-        let kicks = (0..core.registers().queue_count())
-            .filter_map(|index| core.kick(index).map(EventFd::try_clone))
-            .collect::<io::Result<_>>()
+        let kicks = core
+            .kicks()
             .map_err(|source| TransportError::Notification {
                 id: id.to_owned(),
                 source,
