@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::{ConfigError, RateLimitConfig, number, read_keys};
+use super::{ConfigError, RateLimitConfig, number, rate_limit, read_keys};
 
 const OPTION: &str = "--disk";
 const KNOWN: &[&str] = &[
@@ -22,12 +22,6 @@ const KNOWN: &[&str] = &[
     "sparse",
     "queue_affinity",
     "rate_limit_group",
-    "bw_size",
-    "bw_one_time_burst",
-    "bw_refill_time",
-    "ops_size",
-    "ops_one_time_burst",
-    "ops_refill_time",
 ];
 /// Keys of the surface that come later.
 const NOT_BUILT: &[&str] = &["vhost_user", "socket"];
@@ -117,7 +111,12 @@ impl DiskConfig {
     /// Reads `path=disk.raw,readonly=on`.
     pub fn parse(text: &str) -> Result<Self, ConfigError> {
         let default = Self::default();
-        let text = read_keys(OPTION, KNOWN, NOT_BUILT, text)?;
+        let text = read_keys(
+            OPTION,
+            &[KNOWN, &rate_limit::KEYS].concat(),
+            NOT_BUILT,
+            text,
+        )?;
         // Polling is the driver's affair by EVENT_IDX; the key is taken for compatibility.
         text.toggle("poll_queue")?;
         Ok(Self {

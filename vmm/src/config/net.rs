@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use net_util::{MacAddr, Offloads};
 use serde::{Deserialize, Serialize};
 
-use super::{ConfigError, RateLimitConfig, number, read_keys};
+use super::{ConfigError, RateLimitConfig, number, rate_limit, read_keys};
 
 const OPTION: &str = "--net";
 const KNOWN: &[&str] = &[
@@ -23,12 +23,6 @@ const KNOWN: &[&str] = &[
     "offload_tso",
     "offload_ufo",
     "offload_csum",
-    "bw_size",
-    "bw_one_time_burst",
-    "bw_refill_time",
-    "ops_size",
-    "ops_one_time_burst",
-    "ops_refill_time",
 ];
 /// Keys of the surface that come later.
 const NOT_BUILT: &[&str] = &["vhost_user", "socket"];
@@ -107,7 +101,12 @@ impl NetConfig {
     /// Reads `tap=,mac=,ip=,mask=`; empty values are the defaults.
     pub fn parse(text: &str) -> Result<Self, ConfigError> {
         let default = Self::default();
-        let text = read_keys(OPTION, KNOWN, NOT_BUILT, text)?;
+        let text = read_keys(
+            OPTION,
+            &[KNOWN, &rate_limit::KEYS].concat(),
+            NOT_BUILT,
+            text,
+        )?;
         let address = |key| {
             text.convert(
                 key,

@@ -144,27 +144,9 @@ pub struct DeviceManager {
     boot_ram: u64,
     /// As they were, until the machine is sure to start.
     pmem_files: Vec<Before>,
-    input: Input,
-}
-
-/// Which device hears what is typed.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-enum Input {
-    Nobody,
-    Serial,
-    Console,
-}
-
-impl Input {
-    fn of(config: &VmConfig) -> Self {
-        if config.serial.mode == ConsoleMode::Tty {
-            Self::Serial
-        } else if *config.console_mode() == ConsoleMode::Tty {
-            Self::Console
-        } else {
-            Self::Nobody
-        }
-    }
+    /// The device that has the terminal.
+    typed: Option<Arc<dyn TypedInput>>,
+    console_has_terminal: bool,
 }
 
 impl DeviceManager {
@@ -219,7 +201,8 @@ impl DeviceManager {
 
         pvpanic::add(&pci, config, events)?;
 
-        Ok(Self {
+        let console_has_terminal = *config.console_mode() == ConsoleMode::Tty;
+        let mut manager = Self {
             ports,
             memory,
             ioapic,
@@ -238,8 +221,15 @@ impl DeviceManager {
             boot_ram: config.memory.size,
             pmem_files: handles.pmem,
             viot: handles.viot,
-            input: Input::of(config),
-        })
+            typed: None,
+            console_has_terminal,
+        };
+        if config.serial.mode == ConsoleMode::Tty {
+            manager.typed = manager.serial_input();
+        } else if console_has_terminal {
+            manager.typed = manager.console_input();
+        }
+        Ok(manager)
     }
 
     /// Where the exits of vCPUs go.
@@ -362,11 +352,10 @@ impl DeviceManager {
 
     /// Types `bytes` at the console that has the terminal; how many it took.
     pub fn type_in(&self, bytes: &[u8]) -> usize {
-        match (self.input, &self.serial, &self.console) {
-            (Input::Serial, Some(serial), _) => lock(serial).queue_input(bytes),
-            (Input::Console, _, Some(console)) => console.input.push(bytes),
+        match &self.typed {
+            Some(device) => device.type_in(bytes),
             // Nobody will ever read them.
-            _ => bytes.len(),
+            None => bytes.len(),
         }
     }
 
@@ -386,11 +375,7 @@ impl DeviceManager {
 
     /// Readable when that console takes input again.
     pub fn input_room(&self) -> Option<&EventFd> {
-        match (self.input, &self.console) {
-            (Input::Serial, _) => Some(&self.serial_room),
-            (Input::Console, Some(console)) => Some(console.input.room()),
-            _ => None,
-        }
+        self.typed.as_deref().map(TypedInput::room)
     }
 
     /// An output has room again.
@@ -405,7 +390,7 @@ impl DeviceManager {
 
     /// The terminal has so many columns and rows now.
     pub fn resize_terminal(&self, (columns, rows): (u16, u16)) {
-        if let (Input::Console, Some(console)) = (self.input, &self.console) {
+        if let (true, Some(console)) = (self.console_has_terminal, &self.console) {
             console.handle.resize(columns, rows);
         }
     }
