@@ -13,6 +13,7 @@ mod memory_manager;
 mod pmem;
 mod poll;
 pub mod signals;
+mod socket_file;
 mod tap;
 pub mod threads;
 

@@ -13,9 +13,10 @@ mod socket;
 #[cfg(test)]
 mod tests;
 
+pub use crate::socket_file::SocketFile;
 pub use call::{Call, CallReceiver, CallSender, Reply, call_channel};
 pub use http::{Server, Status};
 pub use request::{
     Answer, DeviceNode, Failure, Ping, Request, Resize, ResizeDisk, VmInfo, VmState,
 };
-pub use socket::{ApiSocket, Listening, SocketError, SocketFile};
+pub use socket::{ApiSocket, Listening, SocketError};

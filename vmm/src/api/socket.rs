@@ -3,12 +3,14 @@
 use std::fs;
 use std::io;
 use std::os::fd::{FromRawFd, RawFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use option_parser::{OptionError, OptionText};
 use thiserror::Error;
+
+use crate::socket_file::SocketFile;
 
 const OPTION: &str = "--api-socket";
 
@@ -61,24 +63,8 @@ pub enum ApiSocket {
 pub struct Listening {
     /// Connections come here.
     pub listener: UnixListener,
-    /// Removes the socket's file.
-    pub file: SocketFile,
-}
-
-/// The file of a socket that this process made.
-#[derive(Debug)]
-pub struct SocketFile(Option<(PathBuf, u64, u64)>);
-
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        // If somebody has put another one there, it stays.
-        if let Some((path, device, inode)) = self.0.take()
-            && fs::symlink_metadata(&path).is_ok_and(|m| (m.dev(), m.ino()) == (device, inode))
-            && let Err(e) = fs::remove_file(&path)
-        {
-            log::warn!("removing {}: {e}", path.display());
-        }
-    }
+    /// Removes the socket's file, if we made it.
+    pub file: Option<SocketFile>,
 }
 
 impl ApiSocket {
@@ -134,7 +120,7 @@ impl ApiSocket {
             Self::Descriptor(fd) => Ok(Listening {
                 listener: adopt(*fd)
                     .map_err(|source| SocketError::Descriptor { fd: *fd, source })?,
-                file: SocketFile(None),
+                file: None,
             }),
         }
     }
@@ -152,10 +138,10 @@ fn bind(path: &Path) -> Result<Listening, SocketError> {
         io::ErrorKind::AddrInUse => SocketError::There(path.into()),
         _ => error(e),
     })?;
-    let metadata = fs::symlink_metadata(path).map_err(error)?;
+    let file = SocketFile::of(path).map_err(error)?;
     Ok(Listening {
         listener,
-        file: SocketFile(Some((path.into(), metadata.dev(), metadata.ino()))),
+        file: Some(file),
     })
 }
 

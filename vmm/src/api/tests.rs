@@ -20,7 +20,7 @@ struct Rig {
     server: Server,
     calls: CallReceiver,
     events: EventReceiver,
-    _file: SocketFile,
+    _file: Option<SocketFile>,
     _directory: tempfile::TempDir,
 }
 

@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use crate::poll::{poll, watch};
+use crate::socket_file::SocketFile;
 
 /// A client's bytes, both ways, never blocking.
 pub enum Client {
@@ -69,7 +70,7 @@ pub enum Door {
         /// Where clients connect.
         listener: UnixListener,
         /// Its place in the file system.
-        path: PathBuf,
+        file: SocketFile,
     },
     /// A pseudo-terminal.
     Terminal {
@@ -94,7 +95,7 @@ impl Door {
         listener.set_nonblocking(true)?;
         Ok(Self::Socket {
             listener,
-            path: path.to_owned(),
+            file: SocketFile::of(path)?,
         })
     }
 
@@ -124,7 +125,8 @@ impl Door {
     /// Where clients find it.
     pub fn path(&self) -> &Path {
         match self {
-            Self::Socket { path, .. } | Self::Terminal { path, .. } => path,
+            Self::Socket { file, .. } => file.path(),
+            Self::Terminal { path, .. } => path,
         }
     }
 
@@ -195,16 +197,6 @@ impl AsRawFd for Door {
         match self {
             Self::Socket { listener, .. } => listener.as_raw_fd(),
             Self::Terminal { watcher, .. } => watcher.as_raw_fd(),
-        }
-    }
-}
-
-impl Drop for Door {
-    fn drop(&mut self) {
-        if let Self::Socket { path, .. } = self
-            && let Err(e) = std::fs::remove_file(&path)
-        {
-            log::warn!("removing {}: {e}", path.display());
         }
     }
 }
