@@ -1,6 +1,6 @@
 //! A bare-metal guest that checks a virtual machine from the inside and reports over COM1.
 //!
-//! The command line chooses: `test=a,b,c` (default `boot`), `end=shutdown|reset|i8042|triple|halt`, and
+//! The command line chooses: `test=a,b,c` (default `boot`; `firmware` where there is no command line), `end=shutdown|reset|i8042|triple|halt`, and
 //! words that single tests read (`memory=BYTES`, `cpus=N`, `initramfs=SUM`; those of device tests are told in their files).
 //! Lines: `BEGIN name`, `OK name detail`, `FAIL name why`, `VALUE key value`, at last `DONE failed=N`.
 //!
@@ -54,7 +54,12 @@ extern "C" fn guest_main() -> ! {
     cpu::apic::mask_legacy();
     cpu::apic::init();
     cpu::cpl3::init();
-    let failed = tests::run(option("test").unwrap_or("boot"));
+    let default = if boot::command_line().is_empty() {
+        "firmware"
+    } else {
+        "boot"
+    };
+    let failed = tests::run(option("test").unwrap_or(default));
     line!("DONE failed={failed}");
     match option("end").unwrap_or("shutdown") {
         "reset" => power::reset(),

@@ -9,7 +9,9 @@ use std::time::Duration;
 
 use tempfile::TempDir;
 
-use crate::support::{Kvm, Vmm, asset};
+use crate::support::process::Builder;
+use crate::support::report::finish;
+use crate::support::{Kvm, Vmm, asset, test_guest};
 
 /// Where `scripts/prepare_guest_assets.sh` puts the only partition, in bytes and with a unit that `dd` knows.
 const PARTITION: &str = "1M";
@@ -115,9 +117,21 @@ fn start(_: Kvm, disk: &str, words: &str) -> Vmm {
         .start()
 }
 
+/// What the command lines in Cloud Hypervisor's introduction have in common, as they are written there.
+fn introduced(kernel: &Path, disk: &Path) -> Builder {
+    Vmm::builder()
+        .option("--kernel", kernel)
+        .option("--disk", format!("path={}", text(disk)))
+        .option("--cpus", "boot=4")
+        .option("--memory", "size=1024M")
+        .option("--net", "tap=,mac=,ip=,mask=")
+        .args(["--rng"])
+        .own_network()
+}
+
 /// Debian does its work and powers off.
-fn run_debian(kvm: Kvm, disk: &str) {
-    let ended = start(kvm, disk, "").wait().expect_clean();
+fn run_debian(vmm: Vmm) {
+    let ended = vmm.wait().expect_clean();
     for line in [
         "CH-ROOT: Debian 12.",
         "CH-ROOT: / is /dev/root ext4 rw",
@@ -217,12 +231,32 @@ fn sha256(path: &Path) -> Vec<u8> {
     run("sha256sum", &[text(path)], &[0]).stdout
 }
 
+/// A firmware and a disk. Ours looks for a partition and loads nothing.
 #[test]
-fn debian_on_a_raw_disk() {
-    let Some(kvm) = Kvm::here() else { return };
+fn the_introduced_command_line_with_a_firmware() {
+    let Some(_) = Kvm::here() else { return };
     let images = Images::new();
     let disk = images.raw();
-    run_debian(kvm, &format!("path={}", text(&disk)));
+    let vmm = introduced(test_guest(), &disk)
+        .option("--serial", "tty")
+        .start();
+    let report = finish(vmm.wait(), &["firmware"]);
+    // Block, network, entropy.
+    assert_eq!(report.values("virtio"), ["2", "1", "4"]);
+    assert!(report.value("partition").starts_with("2048 "));
+}
+
+/// A kernel and a disk, told with the words of the introduction alone; the console is the virtio one.
+#[test]
+fn debian_on_a_raw_disk_by_the_introduced_command_line() {
+    let Some(_) = Kvm::here() else { return };
+    let images = Images::new();
+    let disk = images.raw();
+    let vmm = introduced(&asset("vmlinux"), &disk)
+        .option("--cmdline", "console=hvc0 root=/dev/vda1 rw")
+        .patience(Duration::from_secs(580))
+        .start();
+    run_debian(vmm);
     let partition = images.partition(&disk);
     run("e2fsck", &["-fn", text(&partition)], &[0]);
     images.check_files(&partition);
@@ -235,7 +269,11 @@ fn debian_on_qcow2_with_a_backing_file() {
     let base = images.raw();
     let before = sha256(&base);
     let disk = images.overlay(&base);
-    run_debian(kvm, &format!("path={},backing_files=on", text(&disk)));
+    run_debian(start(
+        kvm,
+        &format!("path={},backing_files=on", text(&disk)),
+        "",
+    ));
     run("qemu-img", &["check", "-q", text(&disk)], &[0]);
     assert_eq!(sha256(&base), before, "the backing file changed");
     let partition = images.partition_of_overlay(&disk);
