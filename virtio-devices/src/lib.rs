@@ -65,6 +65,8 @@ mod pieces;
 mod pmem;
 mod rng;
 pub mod transport;
+mod unix;
+pub mod vhost_user;
 mod vsock;
 mod watchdog;
 

@@ -4,15 +4,15 @@
 use std::ffi::OsString;
 use std::fs;
 use std::io;
-use std::mem;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::os::unix::ffi::OsStrExt;
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use thiserror::Error;
+
+use crate::unix::connect;
 
 /// Most bytes of the path of a UNIX socket of Linux, without the 0 at its end.
 const MOST_PATH: usize = 107;
@@ -125,41 +125,6 @@ impl Drop for Bound {
 fn identity(path: &Path) -> Option<(u64, u64)> {
     let found = fs::symlink_metadata(path).ok()?;
     Some((found.dev(), found.ino()))
-}
-
-/// Unlike the standard library's, this does not wait for a listener with a full backlog.
-fn connect(path: &Path) -> io::Result<UnixStream> {
-    // SAFETY: it makes a descriptor, which is checked.
-    let fd = unsafe {
-        libc::socket(
-            libc::AF_UNIX,
-            libc::SOCK_STREAM | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC,
-            0,
-        )
-    };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: it is new and has no other owner.
-    let socket = unsafe { OwnedFd::from_raw_fd(fd) };
-    // SAFETY: it is plain numbers, valid as zeros.
-    let mut address: libc::sockaddr_un = unsafe { mem::zeroed() };
-    address.sun_family = libc::AF_UNIX as libc::sa_family_t;
-    let bytes = path.as_os_str().as_bytes();
-    // The last byte stays 0.
-    if bytes.len() >= address.sun_path.len() {
-        return Err(io::ErrorKind::InvalidInput.into());
-    }
-    for (to, from) in address.sun_path.iter_mut().zip(bytes) {
-        *to = from.cast_signed();
-    }
-    let len = size_of::<libc::sockaddr_un>() as libc::socklen_t;
-    // SAFETY: the address is ours, of the length told, and the socket is open.
-    let connected = unsafe { libc::connect(socket.as_raw_fd(), (&raw const address).cast(), len) };
-    if connected < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(UnixStream::from(socket))
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 //! The device's side of a split virtqueue (virtio 1.2 §2.7): chains popped and checked, used ring, notifications both ways.
 
+mod away;
 mod chain;
 mod cursor;
 mod fault;

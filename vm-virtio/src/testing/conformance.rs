@@ -6,7 +6,7 @@
 
 use super::attack::ATTACKS;
 use super::guest::{Guest, Request};
-use super::{MEMORY_SIZE, TestMemory};
+use super::{MEMORY_SIZE, TestMemory, memory};
 use crate::feature::{INDIRECT_DESC, RING_PACKED, VERSION_1};
 use crate::{Half, QueueAddress, VirtioDevice, status};
 
@@ -14,6 +14,11 @@ use crate::{Half, QueueAddress, VirtioDevice, status};
 pub trait Subject {
     /// A new device. Each is equal to the others: what one saved another restores. There is one at a time.
     fn device(&self) -> Box<dyn VirtioDevice<TestMemory>>;
+
+    /// Its guest's memory: for a device that needs memory of a kind.
+    fn memory(&self) -> TestMemory {
+        memory()
+    }
 
     /// The queue that takes requests and answers each by itself.
     fn queue(&self) -> u16 {
@@ -49,6 +54,18 @@ macro_rules! conformance {
             )*
         }
     };
+}
+
+/// A guest that has not looked at its device yet.
+fn new(subject: &dyn Subject) -> Guest {
+    Guest::with_memory(subject.device(), subject.memory())
+}
+
+/// A guest whose driver runs the device with all that it offers.
+fn running(subject: &dyn Subject) -> Guest {
+    let mut guest = new(subject);
+    guest.start(u64::MAX);
+    guest
 }
 
 /// Request number `n` is asked, waited for and checked.
@@ -92,7 +109,7 @@ fn batch(guest: &Guest, subject: &dyn Subject) -> u32 {
 
 /// Features are accepted if they were offered and VERSION_1 is among them, and not otherwise.
 pub fn features(subject: &dyn Subject) {
-    let mut guest = Guest::new(subject.device());
+    let mut guest = new(subject);
     let offered = guest.core.registers().offered_features();
     assert_ne!(offered & VERSION_1, 0, "VERSION_1 must be offered");
     assert_eq!(offered & RING_PACKED, 0, "packed rings are not served");
@@ -118,7 +135,7 @@ pub fn features(subject: &dyn Subject) {
 
 /// The configuration space can be read and written anywhere, in any width; past its end there are zeros.
 pub fn configuration(subject: &dyn Subject) {
-    let mut guest = Guest::running(subject.device());
+    let mut guest = running(subject);
     let len = guest.core.config_len() as u64;
     let generation = guest.core.config_generation();
     for offset in (0..len + 9).chain([u64::from(u32::MAX), u64::MAX]) {
@@ -146,7 +163,7 @@ pub fn configuration(subject: &dyn Subject) {
 /// Requests are answered with all features and with none, but not before DRIVER_OK; many more than there are entries.
 pub fn requests(subject: &dyn Subject) {
     for wanted in [u64::MAX, VERSION_1] {
-        let mut guest = Guest::new(subject.device());
+        let mut guest = new(subject);
         let features = guest.core.registers().offered_features() & wanted;
         assert!(guest.negotiate(features));
         guest.set_up_queues();
@@ -169,7 +186,7 @@ pub fn requests(subject: &dyn Subject) {
 
 /// It does not matter how a request is cut into buffers, nor whether they are in an indirect table (§2.7.4.1).
 pub fn framing(subject: &dyn Subject) {
-    let mut guest = Guest::running(subject.device());
+    let mut guest = running(subject);
     let queue = subject.queue();
     let indirect = guest.core.registers().features() & INDIRECT_DESC != 0;
     let room = u32::from(guest.queues[usize::from(queue)].size()).min(64);
@@ -197,7 +214,7 @@ pub fn framing(subject: &dyn Subject) {
 
 /// Once the device runs, writes to feature and queue registers change nothing.
 pub fn late_writes(subject: &dyn Subject) {
-    let mut guest = Guest::running(subject.device());
+    let mut guest = running(subject);
     let registers = guest.core.registers_mut();
     registers.select_queue(subject.queue());
     let before = registers.save();
@@ -220,7 +237,7 @@ pub fn late_writes(subject: &dyn Subject) {
 
 /// Rings that are not in memory, or not aligned, make the device ask for a reset when it should start.
 pub fn rings_out_of_memory(subject: &dyn Subject) {
-    let mut guest = Guest::new(subject.device());
+    let mut guest = new(subject);
     for which in [
         QueueAddress::Descriptors,
         QueueAddress::Available,
@@ -249,7 +266,7 @@ pub fn rings_out_of_memory(subject: &dyn Subject) {
 
 /// A reset is complete when the write of the status returns, whatever the device was doing.
 pub fn reset(subject: &dyn Subject) {
-    let mut guest = Guest::new(subject.device());
+    let mut guest = new(subject);
     for steps in 0..4 {
         let offered = guest.core.registers().offered_features();
         if steps > 0 {
@@ -279,7 +296,7 @@ pub fn reset(subject: &dyn Subject) {
 
 /// A paused device touches nothing; resumed, it answers all there is, without being notified again.
 pub fn pause_and_resume(subject: &dyn Subject) {
-    let mut guest = Guest::running(subject.device());
+    let mut guest = running(subject);
     let batch = batch(&guest, subject);
     for round in 0..3 {
         let (first, last) = (round * batch, (round + 1) * batch);
@@ -303,7 +320,7 @@ pub fn pause_and_resume(subject: &dyn Subject) {
 
 /// Saved and restored at any stage, requests in flight or not, another device goes on where the first was.
 pub fn save_and_restore(subject: &dyn Subject) {
-    let mut guest = Guest::new(subject.device()).moved_to(|| subject.device());
+    let mut guest = new(subject).moved_to(|| subject.device());
     let offered = guest.core.registers().offered_features();
     assert!(guest.negotiate(offered));
     guest = guest.moved_to(|| subject.device());
@@ -328,7 +345,7 @@ pub fn save_and_restore(subject: &dyn Subject) {
 
 /// Chains that no driver may make, with all features negotiated and with none: the device uses them or asks for a reset, and works after it.
 pub fn hostile_chains(subject: &dyn Subject) {
-    let mut guest = Guest::new(subject.device());
+    let mut guest = new(subject);
     let queue = usize::from(subject.queue());
     for ((name, attack), wanted) in ATTACKS
         .iter()
