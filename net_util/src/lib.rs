@@ -1,5 +1,5 @@
 //! Network interfaces of the host, as a virtual machine uses them and without the machine: taps that are created, found by
-//! name or handed over as descriptors, macvtaps, their addresses and offloads, packets in and out.
+//! name or handed over as descriptors, macvtaps, their addresses and offloads, packets in and out; sockets to networks in software.
 //!
 //! ```no_run
 //! use std::io::{Read, Write};
@@ -28,10 +28,12 @@ mod interface;
 mod mac;
 mod netlink;
 mod queue;
+mod socket;
 mod tap;
 
 pub use batch::{MAX_BATCH, SendBatch};
 pub use interface::{Interface, InterfaceError};
 pub use mac::{MacAddr, MacError};
 pub use queue::{MAX_PACKET_LEN, TapQueue, VNET_HEADER_LEN};
+pub use socket::SocketQueue;
 pub use tap::{Offloads, Tap, TapError, TapOptions};
