@@ -12,8 +12,8 @@ use option_parser::{OptionText, parse_size, parse_toggle};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use vmm::config::{
-    ConfigError, ConsoleConfig, CpusConfig, DiskConfig, MemoryConfig, NetConfig, RngConfig,
-    VmConfig,
+    BalloonConfig, ConfigError, ConsoleConfig, CpusConfig, DiskConfig, MemoryConfig, NetConfig,
+    PmemConfig, RateLimitGroupConfig, RngConfig, VmConfig, VsockConfig,
 };
 
 /// Goes through JSON and must come back the same.
@@ -68,7 +68,7 @@ fuzz_target!(|data: &[u8]| {
         return;
     };
     let mut config = VmConfig::default();
-    match pick % 8 {
+    match pick % 16 {
         0 => values(text),
         1 => config.cpus = read("--cpus", CpusConfig::parse(text)).unwrap_or_default(),
         2 => config.memory = read("--memory", MemoryConfig::parse(text)).unwrap_or_default(),
@@ -78,6 +78,14 @@ fuzz_target!(|data: &[u8]| {
         6 => {
             let serial = ConsoleConfig::parse("--serial", text);
             config.serial = read("--serial", serial).unwrap_or_default();
+        }
+        8 => config.balloon = read("--balloon", BalloonConfig::parse(text)),
+        9 => config.pmem.extend(read("--pmem", PmemConfig::parse(text))),
+        10 => config.vsock = read("--vsock", VsockConfig::parse(text)),
+        11 => {
+            let group = RateLimitGroupConfig::parse(text);
+            let group = read("--rate-limit-group", group);
+            config.rate_limit_groups.extend(group);
         }
         _ => {
             if let Ok(whole) = serde_json::from_str::<VmConfig>(text) {

@@ -19,4 +19,5 @@ pub use http::{Server, Status};
 pub use request::{
     Answer, DeviceNode, Failure, Ping, Request, Resize, ResizeDisk, VmInfo, VmState,
 };
+pub use route::read_request;
 pub use socket::{ApiSocket, Listening, SocketError};

@@ -2,7 +2,7 @@
 
 use serde::de::DeserializeOwned;
 
-use super::http::{HttpRequest, Status};
+use super::http::{HttpRequest, Parsed, Status, parse};
 use super::{Failure, Request, config};
 
 /// What every path begins with.
@@ -61,6 +61,19 @@ const NOT_BUILT: &[&str] = &[
     "vm.send-migration",
     "vm.snapshot",
 ];
+
+/// What a client that has sent `bytes` asks for first, and how many of the bytes say so; none while they are only the beginning
+/// of a request.
+///
+/// # Errors
+/// They are no HTTP request, or not one that there is an answer to.
+pub fn read_request(bytes: &[u8]) -> Result<Option<(Request, usize)>, Failure> {
+    match parse(bytes) {
+        Ok(Parsed::Incomplete { .. }) => Ok(None),
+        Ok(Parsed::Complete { request, length }) => Ok(Some((route(&request)?, length))),
+        Err(refused) => Err(Failure::new(refused.status, refused.why)),
+    }
+}
 
 /// Finds out what `request` wants.
 pub(super) fn route(request: &HttpRequest) -> Result<Request, Failure> {

@@ -7,7 +7,7 @@ mod connection;
 mod parse;
 mod server;
 
-pub use parse::HttpRequest;
+pub use parse::{HttpRequest, Parsed, parse};
 pub use server::Server;
 
 /// Status codes that are given (RFC 9110 §15).
