@@ -15,6 +15,7 @@ const LAYERS: &[(u8, &str)] = &[
     (1, "hypervisor"),
     (1, "net_util"),
     (1, "qcow"),
+    (1, "user_net"),
     (1, "vm-device"),
     (2, "arch"),
     (2, "devices"),
@@ -36,6 +37,7 @@ const NEVER: &[(&str, &str)] = &[
     ("devices", "hypervisor"),
     ("net_util", "hypervisor"),
     ("qcow", "hypervisor"),
+    ("user_net", "hypervisor"),
     ("virtio-devices", "hypervisor"),
     ("vm-device", "hypervisor"),
     ("vm-virtio", "hypervisor"),
@@ -44,7 +46,7 @@ const NEVER: &[(&str, &str)] = &[
 ];
 
 /// Crates that know nothing of virtio, whoever wrote it.
-const WITHOUT_VIRTIO: &[&str] = &["block_util", "net_util", "qcow"];
+const WITHOUT_VIRTIO: &[&str] = &["block_util", "net_util", "qcow", "user_net"];
 
 /// One dependency.
 #[derive(Clone, Copy, Debug)]
