@@ -13,7 +13,7 @@ use vhost::vhost_user::{
 };
 use vm_virtio::feature::VERSION_1;
 
-use super::{PATIENCE, VhostUserConfig, VhostUserError};
+use super::{VhostUserConfig, VhostUserError};
 use crate::unix;
 
 /// The feature bit that is the protocol's own: there are protocol features.
@@ -88,7 +88,7 @@ impl Connection {
         }
     }
 
-    /// Asks several things, in [`PATIENCE`].
+    /// Asks several things, all in the time of [`patience`](VhostUserConfig::patience).
     pub fn session<T>(
         &self,
         work: impl FnOnce(&Session<'_>) -> Result<T, VhostUserError>,
@@ -100,8 +100,9 @@ impl Connection {
         let slow = Arc::new(AtomicBool::new(false));
         let (done, wait) = sync_channel::<()>(0);
         let (late, stream) = (slow.clone(), self.stream.try_clone().map_err(prepare)?);
+        let patience = self.config.patience;
         let guard = move || {
-            if wait.recv_timeout(PATIENCE) == Err(RecvTimeoutError::Timeout) {
+            if wait.recv_timeout(patience) == Err(RecvTimeoutError::Timeout) {
                 late.store(true, Ordering::Release);
                 // Who waits for an answer gets the end of the stream.
                 let _ = stream.shutdown(Shutdown::Both);
@@ -154,6 +155,7 @@ impl Session<'_> {
                 return VhostUserError::Slow {
                     socket: socket(),
                     what,
+                    patience: self.connection.config.patience,
                 };
             }
             VhostUserError::Ask {

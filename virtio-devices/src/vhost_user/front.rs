@@ -185,13 +185,6 @@ impl<M: MappedMemory> Front<M> {
         let indexes = served().map(DeviceQueue::index);
         let (events, ends) =
             Events::new(self.shared.clone(), connection.clone(), indexes).map_err(prepare)?;
-        let worker = Worker::start(
-            &self.shared.config.id,
-            vec![events],
-            interrupt.clone(),
-            &spawn,
-        )
-        .map_err(|e| prepare(std::io::Error::other(e)))?;
         let negotiated = features & self.shared.features;
         let queues_with_rings: Vec<_> = served().zip(&rings).zip(&ends.calls).collect();
         let handed = connection.session(|session| {
@@ -201,12 +194,20 @@ impl<M: MappedMemory> Front<M> {
             }
             Ok(())
         });
-        if let Err(why) = handed {
-            drop(worker);
+        // By then the back end has signalled nothing that would be lost.
+        let started = handed.and_then(|()| {
+            Worker::start(
+                &self.shared.config.id,
+                vec![events],
+                interrupt.clone(),
+                &spawn,
+            )
+            .map_err(|e| prepare(std::io::Error::other(e)))
+        });
+        let worker = started.inspect_err(|why| {
             // It may have a part of the rings, and must not use them.
-            connection.lose(&why);
-            return Err(why);
-        }
+            connection.lose(why);
+        })?;
         for queue in served() {
             // There may be chains in it from before.
             queue.kick().write(1).map_err(prepare)?;

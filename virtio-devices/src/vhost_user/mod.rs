@@ -12,7 +12,7 @@
 //! what its configuration space is: [`VhostUserBlock`].
 //!
 //! The back end is trusted with guest memory, all of it, and with nothing else. It cannot make the front end wait for longer than
-//! [`PATIENCE`] at a time, and whatever it says is checked. If it goes away, or breaks the rules, the device wants a reset; when the driver
+//! [`patience`](VhostUserConfig::patience) at a time, and whatever it says is checked. If it goes away, or breaks the rules, the device wants a reset; when the driver
 //! starts it again, the front end connects again.
 //!
 //! Guest memory has to be shared: a mapping that another process can have too. Regions that are not are kept from the back end.
@@ -27,6 +27,7 @@
 //!     socket: "/run/disk0.sock".into(),
 //!     queues: 1,
 //!     queue_size: 128,
+//!     patience: std::time::Duration::from_secs(10),
 //!     spawn: Arc::new(|name, job| std::thread::Builder::new().name(name).spawn(job).map(drop)),
 //!     lost: Arc::new(|error| eprintln!("{error}")),
 //! };
@@ -54,9 +55,6 @@ use vm_virtio::Spawn;
 
 pub use blk::{VhostUserBlock, VhostUserBlockV1};
 
-/// How long a back end may take to answer all that is asked at a time: to start a device or to stop it.
-pub const PATIENCE: Duration = Duration::from_secs(30);
-
 /// Where the back end is, and the queues that it is to serve.
 #[derive(Clone)]
 pub struct VhostUserConfig {
@@ -68,6 +66,8 @@ pub struct VhostUserConfig {
     pub queues: u16,
     /// The most entries of each, a power of two up to 32768.
     pub queue_size: u16,
+    /// How long it may take to answer all that is asked at a time: to start the device or to stop it.
+    pub patience: Duration,
     /// Starts threads: one while the device works, and one while the back end is waited for.
     pub spawn: Spawn,
     /// Hears why a back end was lost, once for each connection.
@@ -108,12 +108,14 @@ pub enum VhostUserError {
         source: vhost::Error,
     },
     /// It takes too long.
-    #[error("the vhost-user back end at {socket:?} does not {what} within {} seconds", PATIENCE.as_secs())]
+    #[error("the vhost-user back end at {socket:?} does not {what} within {patience:?}")]
     Slow {
         /// Path of its socket.
         socket: PathBuf,
         /// What it was to do.
         what: &'static str,
+        /// What it had.
+        patience: Duration,
     },
     /// It cannot do what a device of this type needs.
     #[error("the vhost-user back end at {socket:?} has no {what}")]

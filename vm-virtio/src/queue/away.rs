@@ -61,15 +61,15 @@ mod tests {
     use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
     use super::*;
-    use crate::Chain;
     use crate::feature::RING_FEATURES;
     use crate::testing::{Descriptor, DriverQueue, memory};
+    use crate::{Chain, QueueV1};
 
     #[test]
     fn another_serves_it_meanwhile() {
         let memory = memory();
         let mut driver = DriverQueue::new(&memory, 0x1_0000, 8, true);
-        let queue = |state| {
+        let queue = |state: &QueueV1| {
             let kick = Arc::new(EventFd::new(EFD_NONBLOCK).unwrap());
             DeviceQueue::new(0, 8, state, RING_FEATURES, &*memory, kick).unwrap()
         };
@@ -103,8 +103,8 @@ mod tests {
     fn a_queue_that_is_not_ready_stays_so() {
         let memory = memory();
         let kick = Arc::new(EventFd::new(EFD_NONBLOCK).unwrap());
-        let mut queue =
-            DeviceQueue::new(0, 8, &Default::default(), RING_FEATURES, &*memory, kick).unwrap();
+        let state = QueueV1::default();
+        let mut queue = DeviceQueue::new(0, 8, &state, RING_FEATURES, &*memory, kick).unwrap();
         queue.take_back(&*memory, Some(7)).unwrap();
         assert_eq!(queue.used_index(&*memory).unwrap(), 0);
         assert_eq!(queue.state().next_available, 0);
