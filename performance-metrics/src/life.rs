@@ -1,9 +1,10 @@
 //! How a VMM starts, and what it takes up.
 
 use std::fs;
+use std::io::Read;
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 use crate::vmm::{MEMORY_MIB, Vmm};
 
@@ -33,8 +34,12 @@ pub fn resident(binary: &Path, guest: &Path) -> Result<f64> {
 /// KiB of the binary.
 ///
 /// # Errors
-/// When it is gone.
+/// When it is gone, or a script around another program.
 pub fn size(binary: &Path) -> Result<f64> {
+    let mut start = [0; 2];
+    let read = fs::File::open(binary).and_then(|mut file| file.read_exact(&mut start));
+    read.with_context(|| format!("reading {}", binary.display()))?;
+    ensure!(start != *b"#!", "{} is a script", binary.display());
     let metadata = fs::metadata(binary).with_context(|| binary.display().to_string())?;
     Ok(metadata.len() as f64 / 1024.0)
 }
