@@ -196,10 +196,7 @@ mod tests {
     #[test]
     fn what_is_not_built_is_told_by_name() {
         for (body, name) in [
-            (
-                r#"{"disks": [{"path": "/d", "vhost_user": true}]}"#,
-                "vhost_user",
-            ),
+            (r#"{"net": [{"vhost_user": true}]}"#, "vhost_user"),
             (r#"{"platform": {"num_pci_segments": 2}}"#, "platform"),
             (r#"{"tpm": {"socket": "/t"}}"#, "tpm"),
         ] {

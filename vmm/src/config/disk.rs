@@ -22,9 +22,9 @@ const KNOWN: &[&str] = &[
     "sparse",
     "queue_affinity",
     "rate_limit_group",
+    "vhost_user",
+    "socket",
 ];
-/// Keys of the surface that come later.
-const NOT_BUILT: &[&str] = &["vhost_user", "socket"];
 /// Most queues of a disk.
 const MAX_QUEUES: u16 = 256;
 /// Bytes of the answer to GET_ID (virtio 1.2 §5.2.6).
@@ -56,7 +56,7 @@ pub struct QueueAffinity {
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct DiskConfig {
-    /// Image or block device.
+    /// Image or block device; empty where another process serves the disk.
     pub path: PathBuf,
     /// The guest cannot write.
     pub readonly: bool,
@@ -84,6 +84,10 @@ pub struct DiskConfig {
     pub rate_limiter_config: Option<RateLimitConfig>,
     /// Limits that it shares with other disks: an id of `--rate-limit-group`.
     pub rate_limit_group: Option<String>,
+    /// Another process serves the disk, by vhost-user.
+    pub vhost_user: bool,
+    /// Where that process listens.
+    pub vhost_socket: Option<PathBuf>,
 }
 
 impl Default for DiskConfig {
@@ -103,6 +107,8 @@ impl Default for DiskConfig {
             queue_affinity: None,
             rate_limiter_config: None,
             rate_limit_group: None,
+            vhost_user: false,
+            vhost_socket: None,
         }
     }
 }
@@ -111,16 +117,16 @@ impl DiskConfig {
     /// Reads `path=disk.raw,readonly=on`.
     pub fn parse(text: &str) -> Result<Self, ConfigError> {
         let default = Self::default();
-        let text = read_keys(
-            OPTION,
-            &[KNOWN, &rate_limit::KEYS].concat(),
-            NOT_BUILT,
-            text,
-        )?;
+        let text = read_keys(OPTION, &[KNOWN, &rate_limit::KEYS].concat(), &[], text)?;
         // Polling is the driver's affair by EVENT_IDX; the key is taken for compatibility.
         text.toggle("poll_queue")?;
+        let vhost_user = text.toggle("vhost_user")?.unwrap_or(default.vhost_user);
         Ok(Self {
-            path: text.required("path")?.into(),
+            path: if vhost_user || text.text("socket").is_some() {
+                text.text("path").unwrap_or_default().into()
+            } else {
+                text.required("path")?.into()
+            },
             readonly: text.toggle("readonly")?.unwrap_or(default.readonly),
             direct: text.toggle("direct")?.unwrap_or(default.direct),
             num_queues: number(&text, "num_queues", 1, MAX_QUEUES)?.unwrap_or(default.num_queues),
@@ -143,12 +149,16 @@ impl DiskConfig {
                 .transpose()?,
             rate_limiter_config: RateLimitConfig::parse(OPTION, &text)?,
             rate_limit_group: text.text("rate_limit_group").map(str::to_owned),
+            vhost_user,
+            vhost_socket: text.text("socket").map(PathBuf::from),
         })
     }
 
     pub(super) fn validate(&self) -> Result<(), ConfigError> {
         let wrong = |what: String| Err(ConfigError::value(OPTION, what));
-        if self.path.as_os_str().is_empty() {
+        if self.vhost_user || self.vhost_socket.is_some() {
+            self.validate_vhost_user()?;
+        } else if self.path.as_os_str().is_empty() {
             return wrong("path is missing".into());
         }
         if !(1..=MAX_QUEUES).contains(&self.num_queues) {
@@ -196,6 +206,40 @@ impl DiskConfig {
             bound.push(queue);
         }
         Ok(())
+    }
+
+    /// What is asked of a disk that another process serves. All else is that process's affair.
+    fn validate_vhost_user(&self) -> Result<(), ConfigError> {
+        let wrong = |what: &str| Err(ConfigError::value(OPTION, what));
+        let empty = |path: &PathBuf| path.as_os_str().is_empty();
+        if !empty(&self.path) {
+            return wrong("path and socket exclude each other");
+        }
+        if !self.vhost_user {
+            return wrong("socket needs vhost_user=on");
+        }
+        if self.vhost_socket.as_ref().is_none_or(empty) {
+            return wrong("socket is missing; vhost_user=on needs the socket of the back end");
+        }
+        let default = Self::default();
+        let others = [
+            ("direct", self.direct),
+            ("image_type", self.image_type.is_some()),
+            ("backing_files", self.backing_files),
+            ("serial", self.serial.is_some()),
+            ("iommu", self.iommu),
+            ("sparse", self.sparse != default.sparse),
+            ("queue_affinity", self.queue_affinity.is_some()),
+            ("limits", self.rate_limiter_config.is_some()),
+            ("rate_limit_group", self.rate_limit_group.is_some()),
+        ];
+        match others.iter().find(|(_, asked)| *asked) {
+            Some((key, _)) => Err(ConfigError::value(
+                OPTION,
+                format!("{key} and vhost_user=on exclude each other; the back end has the disk"),
+            )),
+            None => Ok(()),
+        }
     }
 
     /// CPUs of each queue; none where it may run anywhere.
@@ -282,6 +326,41 @@ mod tests {
         );
         let disk = checked("path=/a,rate_limit_group=g").unwrap();
         assert_eq!(disk.rate_limit_group.unwrap(), "g");
+    }
+
+    #[test]
+    fn another_process_can_serve_it() {
+        let disk = checked("vhost_user=on,socket=/s,num_queues=2,queue_size=64,readonly=on,id=v,poll_queue=off,direct=off")
+            .unwrap();
+        assert!(disk.vhost_user && disk.readonly);
+        assert_eq!(disk.vhost_socket, Some("/s".into()));
+        assert!(disk.path.as_os_str().is_empty());
+        for (text, what) in [
+            ("vhost_user=on,socket=/s,path=/a", "path and socket exclude"),
+            ("socket=/s,path=/a", "path and socket exclude"),
+            ("socket=/s", "socket needs vhost_user=on"),
+            ("vhost_user=on", "socket is missing"),
+            (
+                "vhost_user=on,socket=/s,iommu=on",
+                "iommu and vhost_user=on",
+            ),
+            ("vhost_user=on,socket=/s,direct=on", "direct and vhost_user"),
+            ("vhost_user=on,socket=/s,serial=a", "serial and vhost_user"),
+            (
+                "vhost_user=on,socket=/s,sparse=off",
+                "sparse and vhost_user",
+            ),
+            ("vhost_user=on,socket=/s,image_type=raw", "image_type and"),
+            ("vhost_user=on,socket=/s,num_queues=0", "num_queues=0"),
+            ("vhost_user=on,socket=/s,queue_size=5", "queue_size=5"),
+            ("vhost_user=maybe,socket=/s", "vhost_user=maybe"),
+        ] {
+            let error = checked(text).unwrap_err();
+            assert!(
+                error.starts_with("--disk: ") && error.contains(what),
+                "{error}"
+            );
+        }
     }
 
     #[test]

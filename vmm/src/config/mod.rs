@@ -164,6 +164,10 @@ impl VmConfig {
         }
         for disk in &self.disks {
             disk.validate()?;
+            if disk.vhost_user && !self.memory.shared {
+                let what = "vhost_user=on needs memory that the back end can have too; --memory shared=on is that";
+                return Err(ConfigError::value("--disk", what));
+            }
         }
         let limited = self
             .disks
@@ -314,6 +318,25 @@ mod tests {
         assert!(error.starts_with("--serial: iommu=on"), "{error}");
         let error = ConsoleConfig::parse("--console", "tty,iommu=2").unwrap_err();
         assert!(error.to_string().starts_with("--console: iommu=2"));
+    }
+
+    #[test]
+    fn a_back_end_needs_shared_memory() {
+        let config = |memory| VmConfig {
+            memory: MemoryConfig::parse(memory).unwrap(),
+            payload: Some(PayloadConfig {
+                kernel: "/k".into(),
+                ..PayloadConfig::default()
+            }),
+            disks: vec![DiskConfig::parse("vhost_user=on,socket=/s").unwrap()],
+            ..VmConfig::default()
+        };
+        config("shared=on").validate().unwrap();
+        config("shared=on,hugepages=on").validate().unwrap();
+        for without in ["", "hugepages=on"] {
+            let error = config(without).validate().unwrap_err().to_string();
+            assert!(error.contains("--memory shared=on"), "{error}");
+        }
     }
 
     #[test]

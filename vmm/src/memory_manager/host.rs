@@ -3,7 +3,7 @@
 use std::ffi::CString;
 use std::fs::File;
 use std::io;
-use std::os::fd::FromRawFd;
+use std::os::fd::{AsRawFd, FromRawFd};
 
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{FileOffset, MmapRegion};
@@ -89,7 +89,7 @@ impl<'a> HostMemory<'a> {
 fn memfd(hugepages: bool, size: u64) -> Result<File, MemoryError> {
     let kind = if hugepages { "huge-page" } else { "shared" };
     let failed = |source| MemoryError::Create { size, kind, source };
-    let mut flags = libc::MFD_CLOEXEC;
+    let mut flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
     if hugepages {
         flags |= libc::MFD_HUGETLB | libc::MFD_HUGE_2MB;
     }
@@ -102,6 +102,12 @@ fn memfd(hugepages: bool, size: u64) -> Result<File, MemoryError> {
     // SAFETY: the descriptor was just made and has no other owner.
     let file = unsafe { File::from_raw_fd(fd) };
     file.set_len(size).map_err(failed)?;
+    // Whoever else has it, such as a vhost-user back end, cannot take pages from under our feet.
+    let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+    // SAFETY: the descriptor is open; the call takes a number.
+    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) } < 0 {
+        return Err(failed(io::Error::last_os_error()));
+    }
     Ok(file)
 }
 

@@ -1,9 +1,12 @@
 //! `--disk`: block devices.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use block_util::{Engine, RateLimiter, RateLimiterError};
+use virtio_devices::vhost_user::{VhostUserBlock, VhostUserConfig};
 use virtio_devices::{Block, BlockConfig, BlockControl, SERIAL_LEN};
 use vm_virtio::Spawn;
 
@@ -12,6 +15,8 @@ use crate::config::{DiskConfig, RateLimitConfig, VmConfig};
 use crate::disk;
 
 const OPTION: &str = "--disk";
+/// How long a back end may take to start a disk or to stop it, with what is in flight.
+const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Makes the disks, and gives what changes them, by id.
 pub(super) fn add(
@@ -22,6 +27,11 @@ pub(super) fn add(
     let mut controls = BTreeMap::new();
     for (index, disk) in config.disks.iter().enumerate() {
         let id = disk.id.clone().unwrap_or_else(|| format!("_disk{index}"));
+        if let Some(socket) = disk.vhost_socket.as_ref().filter(|_| disk.vhost_user) {
+            let device = vhost_user(&id, disk, socket, &host.spawn)?;
+            host.add(&id, Box::new(device))?;
+            continue;
+        }
         let mut block = block(&id, disk, &host.spawn)?;
         if let Some(limiter) = limiter(disk, &groups)? {
             block.limit(limiter).map_err(DeviceError::option(OPTION))?;
@@ -31,6 +41,26 @@ pub(super) fn add(
         controls.insert(id, control);
     }
     Ok(controls)
+}
+
+/// A disk that the process at `socket` serves.
+fn vhost_user(
+    id: &str,
+    config: &DiskConfig,
+    socket: &Path,
+    spawn: &Spawn,
+) -> Result<VhostUserBlock<Memory>, DeviceError> {
+    let name = id.to_owned();
+    let back_end = VhostUserConfig {
+        id: id.to_owned(),
+        socket: socket.to_owned(),
+        queues: config.num_queues,
+        queue_size: config.queue_size,
+        patience: PATIENCE,
+        spawn: spawn.clone(),
+        lost: Arc::new(move |why| log::error!("disk {name:?}: {}", crate::error_chain(why))),
+    };
+    VhostUserBlock::new(back_end, config.readonly).map_err(DeviceError::option(OPTION))
 }
 
 /// The limiters that disks share, by the id of their group.
