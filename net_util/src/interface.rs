@@ -166,6 +166,16 @@ impl Interface {
         Ok(i32::from(self.flags()?) & libc::IFF_UP != 0)
     }
 
+    /// Whether it is up and has a carrier, so that packets can go through it. The kernel takes a moment to say so after a change.
+    ///
+    /// # Errors
+    ///
+    /// [`InterfaceError::Configure`].
+    pub fn has_link(&self) -> Result<bool, InterfaceError> {
+        const BOTH: i32 = libc::IFF_UP | libc::IFF_RUNNING;
+        Ok(i32::from(self.flags()?) & BOTH == BOTH)
+    }
+
     /// Takes it up, or down.
     ///
     /// # Errors

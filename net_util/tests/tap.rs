@@ -4,14 +4,14 @@
 
 use std::io::{self, ErrorKind, IoSlice, IoSliceMut, Read, Write};
 use std::net::{Ipv4Addr, UdpSocket};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use net_util::{
-    Interface, InterfaceError, MAX_PACKET_LEN, MacAddr, Offloads, SendBatch, Tap, TapError,
-    TapOptions, TapQueue, VNET_HEADER_LEN,
+    Interface, InterfaceError, LinkMonitor, MAX_PACKET_LEN, MacAddr, Offloads, SendBatch, Tap,
+    TapError, TapOptions, TapQueue, VNET_HEADER_LEN,
 };
 
 /// Runs a test on a thread with its own interfaces, and its own view of them in /sys.
@@ -577,5 +577,48 @@ fn a_macvtap_is_opened_by_its_name() {
             is_readable(tap.queues(), 200) && &receive(tap.queues())[PAYLOAD..] == b"again"
         });
         assert!(found);
+    });
+}
+
+/// Waits until there is something to read.
+fn poll_in(fd: RawFd) {
+    let mut fds = [libc::pollfd {
+        fd,
+        events: libc::POLLIN,
+        revents: 0,
+    }];
+    // SAFETY: one pollfd, as its length says.
+    let ready = unsafe { libc::poll(fds.as_mut_ptr(), 1, 30_000) };
+    assert_eq!(ready, 1, "nothing came");
+}
+
+/// Waits until the monitor says that an interface changed, as often as it takes for this one's link to be so.
+fn wait_for_link(monitor: &LinkMonitor, interface: &Interface, wanted: bool) {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while interface.has_link().unwrap() != wanted {
+        assert!(Instant::now() < deadline, "no change was told");
+        poll_in(monitor.as_raw_fd());
+        monitor.take_changes().unwrap();
+    }
+}
+
+#[test]
+fn a_monitor_tells_when_a_link_goes_and_comes() {
+    in_namespace(|| {
+        let monitor = LinkMonitor::new().unwrap();
+        assert!(!monitor.take_changes().unwrap());
+        let tap = open("link0", 1).unwrap();
+        let interface = tap.interface();
+        assert!(!interface.has_link().unwrap());
+        for up in [true, false, true] {
+            interface.set_up(up).unwrap();
+            wait_for_link(&monitor, interface, up);
+        }
+        // An interface that is gone is no error of the monitor.
+        let interface = interface.clone();
+        drop(tap);
+        poll_in(monitor.as_raw_fd());
+        assert!(monitor.take_changes().unwrap());
+        assert!(interface.has_link().is_err());
     });
 }
