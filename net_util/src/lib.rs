@@ -25,6 +25,7 @@
 
 mod batch;
 mod interface;
+mod link;
 mod mac;
 mod netlink;
 mod queue;
@@ -33,6 +34,7 @@ mod tap;
 
 pub use batch::{MAX_BATCH, SendBatch};
 pub use interface::{Interface, InterfaceError};
+pub use link::LinkMonitor;
 pub use mac::{MacAddr, MacError};
 pub use queue::{MAX_PACKET_LEN, TapQueue, VNET_HEADER_LEN};
 pub use socket::SocketQueue;
