@@ -60,8 +60,10 @@ pub struct Args {
     #[argh(option, arg_name = "list")]
     pub rate_limit_group: Vec<String>,
 
-    /// tap=NAME (a new one) or fd=[N,..] (descriptors of one, a pair of queues each), ip=A (192.168.249.1) and mask=M
-    /// (255.255.255.0) of the host's end, mac=MAC and host_mac=MAC (at random), mtu=N, num_queues=N (2), queue_size=N (256),
+    /// user (no tap, no root: the network is in this process; with network=N (10.0.2.0/24), hostfwd=[tcp:127.0.0.1:2222-:22,..],
+    /// host_loopback=on|off (off), dns=A (the host's)), or tap=NAME (a new one) or fd=[N,..] (descriptors of one, a pair of queues
+    /// each), ip=A (192.168.249.1) and mask=M (255.255.255.0) of the host's end, mac=MAC and host_mac=MAC (at random), mtu=N,
+    /// num_queues=N (2), queue_size=N (256),
     /// offload_tso, offload_ufo, offload_csum=on|off (on), bw_size=S with bw_refill_time=MS and ops_size=N with ops_refill_time=MS
     /// (limits of each direction; also bw_one_time_burst, ops_one_time_burst), iommu=on|off (off), id=NAME;
     /// one list a device

@@ -16,6 +16,7 @@ pub mod signals;
 mod socket_file;
 mod tap;
 pub mod threads;
+mod user_network;
 
 pub use device_manager::{DeviceError, DeviceManager};
 pub use machine::{Machine, MachineError};

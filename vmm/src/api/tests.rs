@@ -303,7 +303,7 @@ mod openapi {
     use crate::config::{
         BalloonConfig, ConsoleConfig, CpuTopologyConfig, CpusConfig, DiskConfig, MemoryConfig,
         NetConfig, PayloadConfig, PmemConfig, RateLimitConfig, RngConfig, TokenBucketConfig,
-        VmConfig, VsockConfig,
+        UserNetworkConfig, VmConfig, VsockConfig,
     };
 
     fn document() -> Value {
@@ -408,6 +408,7 @@ mod openapi {
             ("ConsoleConfig", file),
             ("DiskConfig", json!(DiskConfig::default())),
             ("NetConfig", json!(NetConfig::default())),
+            ("UserNetworkConfig", json!(UserNetworkConfig::default())),
             ("RngConfig", json!(RngConfig::default())),
             ("BalloonConfig", json!(BalloonConfig::default())),
             ("PmemConfig", json!(PmemConfig::default())),
@@ -455,6 +456,7 @@ mod openapi {
             ("MemoryConfig", json!(MemoryConfig::default())),
             ("DiskConfig", json!(DiskConfig::default())),
             ("NetConfig", json!(NetConfig::default())),
+            ("UserNetworkConfig", json!(UserNetworkConfig::default())),
             ("RngConfig", json!(RngConfig::default())),
             ("BalloonConfig", json!(BalloonConfig::default())),
             ("PmemConfig", json!(PmemConfig::default())),

@@ -1,10 +1,11 @@
-//! `--net`: a virtio network device on a tap of the host.
+//! `--net`: a virtio network device on a tap of the host, or on a network in this process.
 
 use std::net::{IpAddr, Ipv4Addr};
 
 use net_util::{MacAddr, Offloads};
 use serde::{Deserialize, Serialize};
 
+use super::net_user::{self, UserNetworkConfig};
 use super::{ConfigError, RateLimitConfig, number, rate_limit, read_keys};
 
 const OPTION: &str = "--net";
@@ -42,6 +43,8 @@ const DEFAULT_PREFIX6: u8 = 64;
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct NetConfig {
+    /// Instead of a tap, a network in this process.
+    pub user: Option<UserNetworkConfig>,
     /// Name of the tap; one is made where not told.
     pub tap: Option<String>,
     /// Address of the host's end; [`DEFAULT_IP`] for a tap that is made, and whatever it has for one that is there.
@@ -78,6 +81,7 @@ pub struct NetConfig {
 impl Default for NetConfig {
     fn default() -> Self {
         Self {
+            user: None,
             tap: None,
             ip: None,
             mask: None,
@@ -98,15 +102,22 @@ impl Default for NetConfig {
 }
 
 impl NetConfig {
-    /// Reads `tap=,mac=,ip=,mask=`; empty values are the defaults.
+    /// Reads `tap=,mac=,ip=,mask=` or `user,mac=`; empty values are the defaults.
     pub fn parse(text: &str) -> Result<Self, ConfigError> {
         let default = Self::default();
+        let (is_user, text) = UserNetworkConfig::split(text);
         let text = read_keys(
             OPTION,
-            &[KNOWN, &rate_limit::KEYS].concat(),
+            &[KNOWN, &net_user::KEYS, &rate_limit::KEYS].concat(),
             NOT_BUILT,
             text,
         )?;
+        let user = if is_user {
+            Some(UserNetworkConfig::parse(&text)?)
+        } else {
+            UserNetworkConfig::refuse(&text)?;
+            None
+        };
         let address = |key| {
             text.convert(
                 key,
@@ -125,6 +136,7 @@ impl NetConfig {
             })
         });
         Ok(Self {
+            user,
             tap: text.text("tap").map(str::to_owned),
             ip: address("ip")?,
             mask: address("mask")?,
@@ -195,6 +207,9 @@ impl NetConfig {
 
     pub(super) fn validate(&self) -> Result<(), ConfigError> {
         let wrong = |what: String| Err(ConfigError::value(OPTION, what));
+        if let Some(user) = &self.user {
+            user.validate(self)?;
+        }
         if !self.num_queues.is_multiple_of(2) || !(2..=MAX_QUEUES).contains(&self.num_queues) {
             return wrong(format!(
                 "num_queues={} is wrong; an even number from 2 to {MAX_QUEUES} is allowed",

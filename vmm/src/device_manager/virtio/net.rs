@@ -1,24 +1,34 @@
 //! `--net`: network devices.
 
-use virtio_devices::{Net, NetConfig as NetDevice};
+use virtio_devices::{Net, NetConfig as NetDevice, PacketQueue};
 
-use super::{DeviceError, Memory, VirtioHost};
+use super::{DeviceError, Links, Memory, VirtioHost};
 use crate::config::{NetConfig, VmConfig};
-use crate::tap;
+use crate::{tap, user_network};
 
 const OPTION: &str = "--net";
 
-pub(super) fn add(host: &VirtioHost<'_>, config: &VmConfig) -> Result<(), DeviceError> {
+/// Makes the devices. Their links are those of their interfaces.
+pub(super) fn add(host: &VirtioHost<'_>, config: &VmConfig) -> Result<Links, DeviceError> {
+    if config.net.is_empty() {
+        return Ok(Links::default());
+    }
+    let mut links = Links::new();
     for (index, net) in config.net.iter().enumerate() {
         let id = net.id.clone().unwrap_or_else(|| format!("_net{index}"));
-        host.add_behind(&id, Box::new(network(&id, net)?), net.iommu)?;
+        let device = network(host, &id, net, &mut links)?;
+        host.add_behind(&id, Box::new(device), net.iommu)?;
     }
-    Ok(())
+    Ok(links)
 }
 
-/// A network device on the tap of `config`, which is opened or made.
-fn network(id: &str, config: &NetConfig) -> Result<Net<Memory>, DeviceError> {
-    let tap = tap::open(config).map_err(DeviceError::option(OPTION))?;
+/// A network device on the tap of `config`, which is opened or made, or on the network in this process.
+fn network(
+    host: &VirtioHost<'_>,
+    id: &str,
+    config: &NetConfig,
+    links: &mut Links,
+) -> Result<Net<Memory>, DeviceError> {
     let net = NetDevice {
         id: id.to_owned(),
         mac: tap::guest_mac(config).map_err(DeviceError::option(OPTION))?,
@@ -31,5 +41,18 @@ fn network(id: &str, config: &NetConfig) -> Result<Net<Memory>, DeviceError> {
             .map(|limits| limits.limiter())
             .unwrap_or_default(),
     };
-    Net::new(net, tap).map_err(DeviceError::option(OPTION))
+    let made = match &config.user {
+        Some(user) => {
+            let end = user_network::start(id, config, user, host.events)
+                .map_err(DeviceError::option(OPTION))?;
+            let end = Box::new(end) as Box<dyn PacketQueue>;
+            Net::with_queues(net, user_network::OFFLOADS, vec![end])
+        }
+        None => {
+            let tap = tap::open(config).map_err(DeviceError::option(OPTION))?;
+            let interface = tap.interface().clone();
+            Net::new(net, tap).inspect(|device| links.add(interface, device.control()))
+        }
+    };
+    made.map_err(DeviceError::option(OPTION))
 }
