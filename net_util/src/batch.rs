@@ -4,11 +4,12 @@
 use std::io::{self, ErrorKind};
 use std::os::fd::RawFd;
 
+use io_uring::squeue::Entry;
 use io_uring::types::Fd;
 use io_uring::{IoUring, opcode};
 
 /// Packets that a [`SendBatch`] takes at once.
-pub const MAX_BATCH: usize = 32;
+pub const MAX_BATCH: usize = 64;
 
 /// Sends packets with one system call for all of them, through a descriptor that says so by
 /// [`TapQueue::takes_batches`](crate::TapQueue::takes_batches).
@@ -48,11 +49,7 @@ impl SendBatch {
     ) -> io::Result<()> {
         let mut count = 0;
         for (number, packet) in packets.take(MAX_BATCH).enumerate() {
-            let pieces = u32::try_from(packet.len())
-                .map_err(|_| io::Error::from(ErrorKind::InvalidInput))?;
-            let entry = opcode::Writev::new(Fd(end), packet.as_ptr(), pieces)
-                .build()
-                .user_data(number as u64);
+            let entry = request(end, packet)?.user_data(number as u64);
             // SAFETY: the pieces are good until this function returns, and it returns after the kernel is done with them.
             // There is room: the ring has as many entries as a batch, and is empty.
             unsafe { self.ring.submission().push(&entry) }.map_err(io::Error::other)?;
@@ -79,4 +76,16 @@ impl SendBatch {
         }
         Ok(())
     }
+}
+
+/// Of one packet. What is in one piece, as most are, costs the kernel less than a list.
+fn request(end: RawFd, packet: &[libc::iovec]) -> io::Result<Entry> {
+    if let [piece] = packet
+        && let Ok(len) = u32::try_from(piece.iov_len)
+    {
+        return Ok(opcode::Write::new(Fd(end), piece.iov_base.cast(), len).build());
+    }
+    let pieces =
+        u32::try_from(packet.len()).map_err(|_| io::Error::from(ErrorKind::InvalidInput))?;
+    Ok(opcode::Writev::new(Fd(end), packet.as_ptr(), pieces).build())
 }

@@ -14,7 +14,7 @@ use super::backend::PacketQueue;
 use crate::pieces::{MOST, Pieces};
 
 /// Packets before it is the turn of others.
-const TURN: usize = 64;
+const TURN: usize = 256;
 
 /// A chain that was popped and is not used yet.
 #[derive(Clone, Copy)]
@@ -34,6 +34,8 @@ pub(super) struct Transmitter {
     chain: Chain,
     pieces: Pieces,
     packets: Vec<Packet>,
+    /// Those that go back, with the bytes written to each.
+    used: Vec<(u16, u32)>,
 }
 
 impl Transmitter {
@@ -51,6 +53,7 @@ impl Transmitter {
             chain: Chain::new(),
             pieces: Pieces::default(),
             packets: Vec::with_capacity(MAX_BATCH),
+            used: Vec::with_capacity(MAX_BATCH),
         }
     }
 
@@ -221,10 +224,10 @@ impl Transmitter {
             // Without a batch they come one by one.
             _ => {}
         }
-        for packet in &self.packets {
-            queue.add_used(memory, packet.head, 0)?;
-        }
-        Ok(())
+        self.used.clear();
+        self.used
+            .extend(self.packets.iter().map(|packet| (packet.head, 0)));
+        queue.add_used_together(memory, &self.used)
     }
 }
 
