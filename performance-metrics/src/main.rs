@@ -8,13 +8,14 @@
 //! | `run` | the turns |
 //! | `vmm` | a VMM with the bare-metal guest (`test-guest/src/bench/`), and what it says |
 //! | `counters` | system calls, exits and processor time of that VMM |
-//! | `block`, `net`, `life` | what is measured, in a guest and by a host program |
+//! | `block`, `net`, `vsock`, `entropy`, `life` | what is measured, in a guest and by a host program |
 //! | `stats`, `report`, `progress` | numbers, tables, and how far it is |
 
 mod args;
 mod block;
 mod clock;
 mod counters;
+mod entropy;
 mod life;
 mod net;
 #[path = "../../test-guest/src/bench/order.rs"]
@@ -25,6 +26,7 @@ mod report;
 mod run;
 mod stats;
 mod vmm;
+mod vsock;
 
 use std::fs::File;
 use std::io::Write;

@@ -8,6 +8,7 @@ use serde::Serialize;
 use crate::args::Args;
 use crate::block::{self, Image, Kind};
 use crate::net;
+use crate::vsock;
 
 /// Whose figure it is.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize)]
@@ -39,6 +40,8 @@ pub enum Work {
     Block(block::Job),
     /// Packets.
     Net(net::Job),
+    /// Bytes of a stream between guest and host.
+    Vsock(vsock::Way),
     /// Bytes of entropy.
     Entropy,
     /// From the start of the process to the first byte that the guest says.
@@ -138,16 +141,24 @@ pub fn all(args: &Args) -> Result<Vec<Benchmark>> {
         b.add(args, "", true, Work::Net(net::Job::Transmit(size)));
         all.push(b);
     }
-    for size in [60, 1514] {
-        let mut b = benchmark(&format!("net/rx-{size}"), "packets/s", true);
+    for (name, size) in [("60", 60), ("1514", 1514), ("tso-64k", 64_000)] {
+        let mut b = benchmark(&format!("net/rx-{name}"), "packets/s", true);
         b.add(args, "", true, Work::Net(net::Job::Receive(size)));
         all.push(b);
     }
     let mut b = benchmark("net/round-trip", "us", false);
     b.add(args, "", true, Work::Net(net::Job::RoundTrip));
     all.push(b);
+    for (name, work) in [
+        ("vsock/tx", Work::Vsock(vsock::Way::Transmit)),
+        ("vsock/rx", Work::Vsock(vsock::Way::Receive)),
+        ("rng/read", Work::Entropy),
+    ] {
+        let mut b = benchmark(name, "bytes/s", true);
+        b.add(args, "", true, work);
+        all.push(b);
+    }
     for (name, unit, more, work) in [
-        ("rng/read", "bytes/s", true, Work::Entropy),
         ("start/first-byte", "ms", false, Work::FirstByte),
         ("memory/resident", "KiB", false, Work::Resident),
         ("size/binary", "KiB", false, Work::Size),
@@ -257,7 +268,7 @@ mod tests {
     fn another_vmm_does_all_that_ours_does() {
         let found = plan("--list --other /proc/self/exe --filter rng").unwrap();
         let who: Vec<_> = found[0].entrants.iter().map(|e| e.program).collect();
-        assert_eq!(who, [Program::Vmm, Program::Other]);
+        assert_eq!(who, [Program::Host, Program::Vmm, Program::Other]);
     }
 
     #[test]

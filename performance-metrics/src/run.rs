@@ -15,7 +15,8 @@ use crate::plan::{Benchmark, Entrant, Program, Work};
 use crate::progress::Progress;
 use crate::report::{Costs, Report, Row};
 use crate::stats::Summary;
-use crate::vmm::{Measured, Vmm, limits};
+use crate::vmm::Measured;
+use crate::{entropy, vsock};
 
 /// A figure, and what it cost.
 struct Sample {
@@ -155,6 +156,8 @@ impl Runner<'_> {
                     let isolated = self.isolated.context("no network namespace")?;
                     job.on_host(isolated, time).map(Sample::plain)
                 }
+                Work::Vsock(way) => way.on_host(time).map(Sample::plain),
+                Work::Entropy => entropy::on_host(time).map(Sample::plain),
                 _ => anyhow::bail!("no host program does this"),
             };
         }
@@ -170,13 +173,16 @@ impl Runner<'_> {
                 let (value, got) = job.in_guest(isolated, binary, guest, time, tracing)?;
                 Ok(Sample::guest(value, got.operations, &got))
             }
+            // The guest counts bytes; what they cost is told by the request.
+            Work::Vsock(way) => {
+                let got = way.in_guest(binary, guest, time, tracing)?;
+                let chunks = got.operations / vsock::CHUNK as u64;
+                Ok(Sample::guest(got.rate(), chunks, &got))
+            }
             Work::Entropy => {
-                let words = format!("test=bench_rng {}", limits(time));
-                let mut vmm = Vmm::start(binary, guest, &words, &[], tracing)?;
-                let got = vmm.measured()?;
-                vmm.finish()?;
-                // Its operations are bytes, its requests pages.
-                Ok(Sample::guest(got.rate(), got.operations / 4096, &got))
+                let got = entropy::in_guest(binary, guest, time, tracing)?;
+                let requests = got.operations / entropy::REQUEST as u64;
+                Ok(Sample::guest(got.rate(), requests, &got))
             }
             Work::FirstByte => life::first_byte(binary, guest).map(Sample::of),
             Work::Resident => life::resident(binary, guest).map(Sample::of),

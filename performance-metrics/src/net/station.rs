@@ -8,7 +8,10 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use anyhow::{Context, Result};
 
-use super::{ETHERTYPE, HEADER, tap};
+use super::{ETHERTYPE, HEADER, LONGEST, tap};
+
+/// Option of packet(7) that libc doesn't know: frames have a virtio-net header of 10 bytes.
+const PACKET_VNET_HDR: libc::c_int = 15;
 
 /// Proof that this thread is in a network namespace of its own.
 #[derive(Clone, Copy, Debug)]
@@ -44,6 +47,7 @@ pub fn interfaces() -> Result<Vec<String>> {
 pub struct Station {
     name: String,
     socket: OwnedFd,
+    index: i32,
 }
 
 impl Station {
@@ -53,30 +57,28 @@ impl Station {
     /// When there is none, or no right to it.
     pub fn open(name: &str) -> Result<Self> {
         let failed = || format!("a packet socket on {name}");
-        let protocol = ETHERTYPE.to_be();
         // SAFETY: a new descriptor, or a failure.
         let socket = unsafe {
             let kind = libc::SOCK_RAW | libc::SOCK_CLOEXEC;
-            let fd = libc::socket(libc::AF_PACKET, kind, i32::from(protocol));
+            let fd = libc::socket(libc::AF_PACKET, kind, i32::from(ETHERTYPE.to_be()));
             if fd < 0 {
                 return Err(io::Error::last_os_error()).with_context(failed);
             }
             OwnedFd::from_raw_fd(fd)
         };
-        let station = Self {
+        let mut station = Self {
             name: name.to_owned(),
             socket,
+            index: 0,
         };
         let index = station
             .ioctl(libc::SIOCGIFINDEX, |_| {})
             .with_context(failed)?;
-        // SAFETY: the structures are plain numbers, of the sizes that are told.
+        // SAFETY: the request has filled in the index.
+        station.index = unsafe { index.ifr_ifru.ifru_ifindex };
+        let (address, size) = station.address(ETHERTYPE);
+        // SAFETY: the address is of the size that is told.
         let result = unsafe {
-            let mut address: libc::sockaddr_ll = zeroed();
-            address.sll_family = libc::AF_PACKET as u16;
-            address.sll_protocol = protocol;
-            address.sll_ifindex = index.ifr_ifru.ifru_ifindex;
-            let size = size_of::<libc::sockaddr_ll>() as u32;
             libc::bind(
                 station.socket.as_raw_fd(),
                 (&raw const address).cast(),
@@ -111,6 +113,16 @@ impl Station {
             return Err(io::Error::last_os_error()).context("setting up a packet socket");
         }
         Ok(())
+    }
+
+    /// The interface, for frames of this type; and the structure's size.
+    fn address(&self, ethertype: u16) -> (libc::sockaddr_ll, u32) {
+        // SAFETY: plain numbers.
+        let mut address: libc::sockaddr_ll = unsafe { zeroed() };
+        address.sll_family = libc::AF_PACKET as u16;
+        address.sll_protocol = ethertype.to_be();
+        address.sll_ifindex = self.index;
+        (address, size_of::<libc::sockaddr_ll>() as u32)
     }
 
     fn ioctl(
@@ -152,21 +164,36 @@ impl Station {
         Ok(())
     }
 
-    /// Sends frames of `size` bytes to the other end.
+    /// Sends frames of `size` bytes to the other end; past 1514 bytes they are TCP segments that are not cut where the other end takes them
+    /// so.
     ///
     /// # Errors
     /// When the kernel doesn't take them.
     pub fn send(&self, size: usize, count: u32) -> Result<()> {
-        let packet = tap::packet(size);
-        let frame = packet.get(HEADER..).unwrap_or_default();
+        let mut packet = tap::packet(size);
+        let segments = size > LONGEST;
+        // From now on a header comes before a frame, or none.
+        self.set(libc::SOL_PACKET, PACKET_VNET_HDR, &i32::from(segments))?;
+        if segments {
+            // It is without the number of buffers.
+            packet.drain(HEADER - 2..HEADER);
+        } else {
+            packet.drain(..HEADER);
+        }
+        let frame = &*packet;
+        // The kernel wants to know what it is to cut.
+        let ethertype = if segments { 0x0800 } else { ETHERTYPE };
+        let (address, address_size) = self.address(ethertype);
         for _ in 0..count {
-            // SAFETY: the frame is as long as is told.
+            // SAFETY: frame and address are as long as is told.
             let sent = unsafe {
-                libc::send(
+                libc::sendto(
                     self.socket.as_raw_fd(),
                     frame.as_ptr().cast(),
                     frame.len(),
                     0,
+                    (&raw const address).cast(),
+                    address_size,
                 )
             };
             if sent < 0 {

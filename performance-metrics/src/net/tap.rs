@@ -13,6 +13,7 @@ use super::station::Station;
 use super::{ETHERTYPE, HEADER, LONGEST};
 
 const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
+const TUNSETOFFLOAD: libc::c_ulong = 0x4004_54d0;
 const TUNSETVNETHDRSZ: libc::c_ulong = 0x4004_54d8;
 
 const NAME: &str = "bench0";
@@ -86,6 +87,19 @@ impl Tap {
     /// Its interface's name.
     pub fn name(&self) -> &'static str {
         NAME
+    }
+
+    /// Whether TCP segments over IPv4 come uncut (TUN_F_CSUM, TUN_F_TSO4).
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn take_segments(&self, whole: bool) -> Result<()> {
+        let offloads: libc::c_ulong = if whole { 3 } else { 0 };
+        // SAFETY: the request takes a number.
+        if unsafe { libc::ioctl(self.0.as_raw_fd(), TUNSETOFFLOAD as _, offloads) } < 0 {
+            return Err(io::Error::last_os_error()).context("the offloads of a tap");
+        }
+        Ok(())
     }
 
     /// Sends a packet, by one system call.

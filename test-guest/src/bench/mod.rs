@@ -9,6 +9,7 @@ pub mod blk;
 pub mod net;
 mod order;
 pub mod rng;
+pub mod vsock;
 
 use core::hint::spin_loop;
 

@@ -2,7 +2,7 @@
 //!
 //! `bench_net_tx` sends frames of `size=BYTES` (60; past 1514 they are TCP segments that the device is to cut) as fast as they
 //! are taken. `bench_net_rx` prints `VALUE bench_ready`, waits for a byte of serial input, and only then gives buffers, so that
-//! `count=N` frames wait for it. `bench_net_echo` sends frames back until a byte of serial input comes.
+//! `count=N` frames wait for it; `segments=1` takes TCP segments that nobody has cut. `bench_net_echo` sends frames back until a byte of serial input comes.
 //! All frames but segments have the ethertype 0x88b5 (local experiments).
 
 use super::{Count, measure};
@@ -15,6 +15,11 @@ use crate::virtio::net::{BUFFER, F_CSUM, F_HOST_TSO4, F_MAC, F_MRG_RXBUF, HEADER
 use crate::virtio::queue::MAX_SIZE;
 use crate::virtio::{F_EVENT_IDX, PATIENCE};
 use crate::{dma, line, number, serial};
+
+/// Feature: packets may come without checksums.
+const F_GUEST_CSUM: u64 = 1 << 1;
+/// Feature: TCP segments over IPv4 may come uncut.
+const F_GUEST_TSO4: u64 = 1 << 7;
 
 /// The ethertype as it lies in memory.
 const ETHERTYPE: u16 = 0x88b5u16.to_be();
@@ -131,7 +136,13 @@ pub fn transmit() -> Outcome {
 /// Takes what waits.
 pub fn receive() -> Outcome {
     at_cpl3(|| {
-        let mut net = open(0)?;
+        let segments = number("segments") == Some(1);
+        let offload = F_GUEST_CSUM | F_GUEST_TSO4;
+        let mut net = open(if segments { offload } else { 0 })?;
+        ensure(
+            "the device leaves segments as they are",
+            !segments || net.features & offload == offload,
+        )?;
         let idle = number("idle").unwrap_or(u64::MAX);
         line!("VALUE bench_ready 1");
         wait_for_byte()?;
@@ -151,8 +162,9 @@ pub fn receive() -> Outcome {
                     ours |= length >= 14 && read::<u16>(at + 12) == ETHERTYPE;
                 })?;
                 let now = rdtsc();
-                if packet.is_some() {
-                    fresh += 1;
+                if let Some((length, buffers)) = packet {
+                    fresh += buffers;
+                    ours |= length > LONGEST;
                     count.operations += u64::from(ours);
                     if ours {
                         last = now;

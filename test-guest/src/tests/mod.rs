@@ -87,6 +87,8 @@ const TESTS: &[Test] = &[
     ("virtio_mmio_blk", virtio_mmio::blk),
     ("bench_blk", bench::blk::run),
     ("bench_rng", bench::rng::run),
+    ("bench_vsock_tx", bench::vsock::transmit),
+    ("bench_vsock_rx", bench::vsock::receive),
     ("bench_net_tx", bench::net::transmit),
     ("bench_net_rx", bench::net::receive),
     ("bench_net_echo", bench::net::echo),

@@ -71,6 +71,8 @@ pub struct Vsock {
     _transport: Transport,
     /// Our context id, whose upper half is 0.
     pub cid: u32,
+    /// How often the device was notified.
+    pub kicks: u64,
     rx: Queue,
     tx: Queue,
     _events: Queue,
@@ -135,6 +137,7 @@ impl Vsock {
         Ok(Self {
             _transport: transport,
             cid,
+            kicks: 0,
             rx,
             tx,
             _events: events,
@@ -175,7 +178,7 @@ impl Vsock {
         stream.sent = stream.sent.wrapping_add(length);
         let whole = Segment::readable(at, HEADER as u32 + length);
         self.tx.add(&[whole], false);
-        self.tx.kick();
+        self.kicks += u64::from(self.tx.kick());
         Ok(())
     }
 
@@ -224,7 +227,7 @@ impl Vsock {
             at,
         )?;
         give(&mut self.rx, at)?;
-        self.rx.kick();
+        self.kicks += u64::from(self.rx.kick());
         Ok(())
     }
 
