@@ -341,12 +341,12 @@ impl Sides<'_> {
         ) {
             return Ok(false);
         }
-        let sent = self.to_host()?;
-        let received = self.to_guest()?;
+        let sent = self.carry_out()?;
+        let received = self.carry_in()?;
         Ok(sent | received)
     }
 
-    fn to_host(&mut self) -> io::Result<bool> {
+    fn carry_out(&mut self) -> io::Result<bool> {
         let mut moved = false;
         let mut host = self.host;
         while *self.writable && self.socket.can_recv() {
@@ -374,7 +374,7 @@ impl Sides<'_> {
         Ok(moved)
     }
 
-    fn to_guest(&mut self) -> io::Result<bool> {
+    fn carry_in(&mut self) -> io::Result<bool> {
         let mut moved = false;
         let mut host = self.host;
         while *self.readable && !*self.host_done && self.socket.can_send() {

@@ -52,6 +52,7 @@ mod shared;
 mod stack;
 mod sys;
 mod tcp;
+pub mod testing;
 mod udp_forward;
 
 pub use config::{Network, NetworkError, Resolver, UserNetConfig};
