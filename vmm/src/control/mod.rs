@@ -175,19 +175,21 @@ impl Control<'_> {
     /// Waits for something to do, and sees to signals and typed input. `Some` when the VMM is to end.
     fn wait(&mut self) -> Result<Option<Ended>, ControlError> {
         let running = self.vm.as_mut().and_then(Vm::running_mut);
-        let (input, room) = running.as_ref().map_or((-1, -1), |running| {
-            let room = running.machine.devices().input_room();
-            (running.typing.fd(), room.map_or(-1, AsRawFd::as_raw_fd))
+        let (input, room, links) = running.as_ref().map_or((-1, -1, -1), |running| {
+            let devices = running.machine.devices();
+            let room = devices.input_room().map_or(-1, AsRawFd::as_raw_fd);
+            (running.typing.fd(), room, devices.links().unwrap_or(-1))
         });
         let mut fds = [
             self.receiver.wake_fd().as_raw_fd(),
             self.signals.as_raw_fd(),
             room,
             input,
+            links,
         ]
         .map(|fd| watch(fd, libc::POLLIN));
         poll(&mut fds, None).map_err(setup("poll"))?;
-        let [events, signal, room, typed] = fds.map(|fd| fd.revents != 0);
+        let [events, signal, room, typed, links] = fds.map(|fd| fd.revents != 0);
         if events {
             // Only a wake-up: the channels have the events and requests.
             let _ = self.receiver.wake_fd().read();
@@ -202,6 +204,9 @@ impl Control<'_> {
         if taken == Some(Taken::Resize) {
             let size = terminal::size();
             running.machine.devices().resize_terminal(size);
+        }
+        if links {
+            running.machine.devices().follow_links();
         }
         if typed && running.typing.read() {
             return Ok(Some(Ended::Typed));

@@ -2,6 +2,7 @@
 
 mod interrupts;
 mod legacy;
+mod links;
 #[cfg(feature = "mmio")]
 mod mmio;
 mod pci;
@@ -11,6 +12,7 @@ mod virtio;
 use std::collections::BTreeMap;
 use std::io;
 use std::ops::RangeInclusive;
+use std::os::fd::RawFd;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use arch::acpi::AcpiConfig;
@@ -34,6 +36,7 @@ use crate::memory_manager::{MemoryManager, MemorySlots};
 use crate::pmem::Before;
 
 use self::interrupts::{IoapicInterrupts, Routing};
+use self::links::Links;
 use self::pci::Pci;
 use self::virtio::{ConsoleEnds, VirtioHost};
 
@@ -138,6 +141,7 @@ pub struct DeviceManager {
     #[cfg(feature = "mmio")]
     mmio: mmio::Mmio,
     console: Option<ConsoleEnds>,
+    links: Links,
     balloon: Option<BalloonControl>,
     /// The device that adds RAM, and how much the guest starts with.
     mem: Option<MemControl>,
@@ -216,6 +220,7 @@ impl DeviceManager {
             #[cfg(feature = "mmio")]
             mmio,
             console: handles.console,
+            links: handles.links,
             balloon: handles.balloon,
             mem: handles.mem,
             boot_ram: config.memory.size,
@@ -386,6 +391,16 @@ impl DeviceManager {
         if let Some(console) = &self.console {
             console.input.output_ready();
         }
+    }
+
+    /// Readable when the link of a network device may have changed.
+    pub fn links(&self) -> Option<RawFd> {
+        self.links.fd()
+    }
+
+    /// Tells drivers whether there is a link.
+    pub fn follow_links(&self) {
+        self.links.follow();
     }
 
     /// The terminal has so many columns and rows now.

@@ -30,6 +30,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::DeviceError;
 use super::interrupts::{MsiVectors, Routing};
+use super::links::Links;
 use super::pci::Pci;
 use crate::config::VmConfig;
 use crate::console::Outputs;
@@ -51,6 +52,8 @@ pub(super) struct Handles {
     pub devices: Vec<(u8, Arc<VirtioPciDevice<Memory>>)>,
     /// What changes disks, by id.
     pub disks: BTreeMap<String, BlockControl>,
+    /// What network devices go through.
+    pub links: Links,
     /// The host's ends of the console.
     pub console: Option<ConsoleEnds>,
     /// The balloon, if there is one.
@@ -124,13 +127,14 @@ impl<'a> VirtioHost<'a> {
     ) -> Result<Handles, DeviceError> {
         iommu::add(self, config)?;
         let disks = block::add(self, config)?;
-        net::add(self, config)?;
+        let links = net::add(self, config)?;
         rng::add(self, config)?;
         let console = console::add(self, config, outputs.console.clone())?;
         vsock::add(self, config, outputs.vsock.as_ref())?;
         watchdog::add(self, config)?;
         let (mem, ram) = mem::add(self, config)?;
         Ok(Handles {
+            links,
             console,
             balloon: balloon::add(self, config, ram)?,
             mem,
