@@ -8,7 +8,7 @@ readonly IMAGE=cloud-hypervisor-dev
 readonly TARGET=${CARGO_TARGET_DIR:-$PWD/target}
 readonly ASSETS=${CH_GUEST_ASSETS:-$PWD/guest-assets}
 # What building and testing needs, as command and Debian package. prepare_guest_assets.sh sees to its own needs.
-readonly NEEDS=(cc:gcc iasl:acpica-tools qemu-img:qemu-utils mkfs.ext4:e2fsprogs)
+readonly NEEDS=(cc:gcc iasl:acpica-tools qemu-img:qemu-utils qemu-storage-daemon:qemu-system-common mkfs.ext4:e2fsprogs)
 
 usage() {
     cat <<'TEXT'

@@ -289,7 +289,7 @@ fn disks_that_cannot_be() {
     refused(format!("path={}", text(&torn)), "torn");
     refused("path=/dev/null".into(), "neither a file nor a block device");
     refused("path=x,queue_size=7".into(), "queue_size=7");
-    refused("path=x,socket=/s".into(), "not built yet");
+    refused("path=x,socket=/s".into(), "path and socket exclude");
     refused(
         "path=x,rate_limit_group=none".into(),
         "rate_limit_group=none is wrong; --rate-limit-group gives no such id",

@@ -22,5 +22,6 @@ mod root_disk;
 mod support;
 mod terminal;
 mod traffic;
+mod vhost_user;
 mod vsock;
 mod watchdog;

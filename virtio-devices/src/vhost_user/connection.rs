@@ -79,6 +79,11 @@ impl Connection {
         &self.stream
     }
 
+    /// Somebody was told that it is lost.
+    pub fn is_lost(&self) -> bool {
+        self.lost.load(Ordering::Acquire)
+    }
+
     /// Who has to know hears `why` the back end is lost, if it does not know. Nothing can be asked from now on.
     pub fn lose(&self, why: &VhostUserError) {
         if !self.lost.swap(true, Ordering::AcqRel) {
@@ -129,7 +134,8 @@ impl Connection {
         self.session(|session| {
             session.ask("take what the driver configures", |frontend| {
                 let offset = u32::try_from(offset).unwrap_or(u32::MAX);
-                frontend.set_config(offset, VhostUserConfigFlags::WRITABLE, data)
+                // 0 is the driver's write; the crate's WRITABLE is 1, which is that of a migration.
+                frontend.set_config(offset, VhostUserConfigFlags::empty(), data)
             })
         })
     }

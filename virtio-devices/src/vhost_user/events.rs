@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use log::debug;
 use vm_virtio::{Context, DeviceQueue, EventSet, QueueError, QueueHandler, Source};
@@ -33,6 +34,7 @@ pub(super) struct Events {
     connection: Arc<Connection>,
     calls: Vec<Call>,
     fault: EventFd,
+    faulty: Arc<AtomicBool>,
     channel: Option<Channel>,
 }
 
@@ -44,6 +46,8 @@ pub(super) struct Ends {
     pub fault: EventFd,
     /// Where it may speak, if it can.
     pub channel: Option<UnixStream>,
+    /// Becomes true with the first fault.
+    pub faulty: Arc<AtomicBool>,
 }
 
 impl Events {
@@ -67,7 +71,9 @@ impl Events {
         } else {
             (None, None)
         };
+        let faulty = Arc::new(AtomicBool::new(false));
         let ends = Ends {
+            faulty: faulty.clone(),
             calls: calls
                 .iter()
                 .map(|call| call.event.try_clone())
@@ -80,6 +86,7 @@ impl Events {
             connection,
             calls,
             fault,
+            faulty,
             channel,
         };
         Ok((events, ends))
@@ -97,8 +104,8 @@ impl Events {
 
     fn gone(&self, why: &VhostUserError, context: &mut Context<'_>) {
         context.unwatch(GONE);
-        context.interrupt().needs_reset();
         self.connection.lose(why);
+        context.interrupt().needs_reset();
     }
 
     fn says(&mut self, context: &mut Context<'_>) {
@@ -164,6 +171,7 @@ impl QueueHandler for Events {
             SAYS => self.says(context),
             FAULT => {
                 if self.fault.read().is_ok() {
+                    self.faulty.store(true, Ordering::Release);
                     context.interrupt().needs_reset();
                 }
             }

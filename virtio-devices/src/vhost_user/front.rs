@@ -1,6 +1,8 @@
 //! The front end of any type of device: what [`vm_virtio::VirtioDevice`] asks, as messages to the back end.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
@@ -59,10 +61,15 @@ impl Shared {
     /// A connection to a back end that answers: the one there is, or a new one.
     fn living(&self) -> Result<Arc<Connection>, VhostUserError> {
         let connection = self.state().connection.clone();
-        let answer =
-            connection.session(|session| session.ask("answer", |frontend| frontend.get_features()));
+        let answer = match self.kind.config_len {
+            0 => connection.session(|session| {
+                session.ask("answer", |frontend| frontend.get_features().map(drop))
+            }),
+            // Not every back end tells when it changes.
+            _ => self.refresh(&connection),
+        };
         match answer {
-            Ok(_) => return Ok(connection),
+            Ok(()) => return Ok(connection),
             Err(why) => connection.lose(&why),
         }
         let connection = Arc::new(Connection::open(&self.config, self.kind.config_len > 0)?);
@@ -87,6 +94,8 @@ struct Running<M> {
     queues: Vec<DeviceQueue>,
     memory: M,
     interrupt: Arc<dyn VirtioInterrupt>,
+    /// The back end found a fault in the rings: it may keep requests for good.
+    faulty: Arc<AtomicBool>,
 }
 
 /// A device that a back end serves, whatever its type.
@@ -137,6 +146,13 @@ impl<M> Front<M> {
     /// The configuration space, as the back end told it last.
     pub fn space(&self) -> Vec<u8> {
         self.shared.state().space.clone()
+    }
+
+    /// What a worker would wait for, with one queue.
+    #[cfg(test)]
+    pub fn events(&self) -> (Events, Ends) {
+        let connection = self.shared.state().connection.clone();
+        Events::new(self.shared.clone(), connection, std::iter::once(0)).unwrap()
     }
 
     /// Writes to the configuration space. What goes wrong ends the connection.
@@ -219,6 +235,7 @@ impl<M: MappedMemory> Front<M> {
             queues,
             memory,
             interrupt,
+            faulty: ends.faulty,
         });
         Ok(())
     }
@@ -234,6 +251,7 @@ impl<M: MappedMemory> Front<M> {
             mut queues,
             memory,
             interrupt,
+            faulty,
         } = running;
         let served = queues.iter().filter(|queue| queue.is_served());
         let stopped = connection.session(|session| {
@@ -244,14 +262,18 @@ impl<M: MappedMemory> Front<M> {
                 })
                 .collect::<Result<Vec<_>, _>>()
         });
-        // By now it signalled all that it used.
-        let joined = worker.stop();
         if let Err(why) = &stopped {
             connection.lose(why);
             interrupt.needs_reset();
         }
+        let bases = stopped.unwrap_or_default();
         let memory = memory.memory();
-        let mut bases = stopped.unwrap_or_default().into_iter();
+        self.wait_for_requests(&queues, &bases, &*memory, || {
+            connection.is_lost() || faulty.load(Ordering::Acquire)
+        });
+        // By now it signalled all that it used.
+        let joined = worker.stop();
+        let mut bases = bases.into_iter();
         for queue in queues.iter_mut().filter(|queue| queue.is_served()) {
             // None where the back end is lost; a number that is none of a split ring is as wrong as one that does not fit.
             let base = bases.next().map(u16::try_from);
@@ -268,6 +290,29 @@ impl<M: MappedMemory> Front<M> {
         }
         joined?;
         Ok(queues)
+    }
+
+    /// Some back ends answer that they stopped while requests are in flight, which still end. Waits for that, as long as the back end may
+    /// take for anything, or until they are `hopeless`. `bases` are the chains that it popped of each queue that it serves.
+    fn wait_for_requests(
+        &self,
+        queues: &[DeviceQueue],
+        bases: &[u32],
+        memory: &M::M,
+        hopeless: impl Fn() -> bool,
+    ) {
+        let deadline = Instant::now() + self.shared.config.patience;
+        let served = || queues.iter().filter(|queue| queue.is_served());
+        let in_flight = |(queue, base): (&DeviceQueue, &u32)| {
+            // What can be no answer at all is not waited for.
+            let base = u16::try_from(*base).ok();
+            let count = base.zip(queue.used_index(memory).ok());
+            count.is_some_and(|(base, used)| (1..=queue.size()).contains(&base.wrapping_sub(used)))
+        };
+        while served().zip(bases).any(in_flight) && !hopeless() && Instant::now() < deadline {
+            // Nothing tells: a driver that polls wants no signals.
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 }
 

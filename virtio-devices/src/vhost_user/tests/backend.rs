@@ -7,7 +7,7 @@ use std::net::Shutdown;
 use std::os::fd::{FromRawFd, IntoRawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use block_util::{DiskFile, Engine, RawDisk, RawOptions};
@@ -44,6 +44,8 @@ pub struct Manner {
     pub refuses_memory: bool,
     /// It says something that nobody understands when a ring starts.
     pub talks: bool,
+    /// Sectors by which its disk seems to have grown.
+    pub grown: Arc<AtomicU64>,
 }
 
 impl Default for Manner {
@@ -60,6 +62,7 @@ impl Default for Manner {
             base: None,
             refuses_memory: false,
             talks: false,
+            grown: Arc::default(),
         }
     }
 }
@@ -425,6 +428,9 @@ impl VhostUserBackendReqHandlerMut for Served {
         let mut bytes = vec![0; size as usize];
         let device: &dyn VirtioDevice<TestMemory> = &self.devices[0];
         device.read_config(offset as usize, &mut bytes);
+        if let Some(capacity) = bytes.first_mut() {
+            *capacity += self.manner.grown.load(Ordering::SeqCst) as u8;
+        }
         bytes.truncate(bytes.len() - self.manner.short_config);
         Ok(bytes)
     }

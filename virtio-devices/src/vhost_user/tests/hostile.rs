@@ -144,10 +144,12 @@ fn it_does_not_answer() {
     );
 }
 
-/// Starts a device whose back end is like that. Whether it asks for a reset.
+/// Starts a device whose back end is like that.
 fn starts(manner: Manner) -> (Server, Guest, Losses) {
     let server = Server::new(8, manner);
-    let (device, losses) = device(&server, 1);
+    let (mut config, losses) = config(&server.socket, 1);
+    config.patience = Duration::from_secs(3);
+    let device = VhostUserBlock::new(config, false).unwrap();
     let mut guest = Guest::with_memory(Box::new(device), shared_memory());
     let offered = guest.core.registers().offered_features();
     assert!(guest.negotiate(offered));

@@ -3,15 +3,17 @@
 mod backend;
 mod hostile;
 
+use std::io::Write;
 use std::path::Path;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use vhost::vhost_user::VhostUserProtocolFeatures;
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 use vm_virtio::feature::VERSION_1;
 use vm_virtio::testing::conformance::Subject;
-use vm_virtio::testing::{Guest, MEMORY_SIZE, Request, SEAM, TestMemory, spawn};
-use vm_virtio::{VirtioDevice, status};
+use vm_virtio::testing::{Guest, MEMORY_SIZE, Request, SEAM, TestInterrupt, TestMemory, spawn};
+use vm_virtio::{VirtioDevice, Worker, status};
 
 use super::*;
 use backend::{Manner, Server};
@@ -363,4 +365,46 @@ fn only_shared_regions_are_told() {
             (0x8000, 0x8000, 0x1000, 0)
         ]
     );
+}
+
+#[test]
+fn the_configuration_changes() {
+    let server = Server::new(8, Manner::default());
+    let mut grown: Arc<AtomicU64> = Arc::default();
+    server.change(|manner| grown = manner.grown.clone());
+    let (config, _) = config(&server.socket, 1);
+    let kind = front::Kind {
+        features: u64::MAX,
+        config_len: 60,
+    };
+    let front = front::Front::<TestMemory>::connect(config, kind).unwrap();
+    let interrupt = Arc::new(TestInterrupt::default());
+    let (events, ends) = front.events();
+    let worker = Worker::start("w", vec![events], interrupt.clone(), &spawn()).unwrap();
+    assert_eq!(front.space()[0], 8);
+    grown.store(5, Ordering::SeqCst);
+    let mut channel = ends.channel.unwrap();
+    let message = [2_u32, 1, 0].map(u32::to_ne_bytes).concat();
+    channel.write_all(&message).unwrap();
+    interrupt.wait_for("a change", || (front.space()[0] == 13).then_some(()));
+    worker.stop().unwrap();
+    assert_eq!(interrupt.config_count(), 1);
+}
+
+#[test]
+fn a_change_that_nobody_told_is_seen_at_the_next_start() {
+    let server = Server::new(8, Manner::default());
+    let mut grown: Arc<AtomicU64> = Arc::default();
+    server.change(|manner| grown = manner.grown.clone());
+    let mut guest = guest(device(&server, 1).0);
+    let capacity = |guest: &Guest| {
+        let mut byte = [0];
+        guest.core.read_config(0, &mut byte);
+        byte[0]
+    };
+    grown.store(5, Ordering::SeqCst);
+    assert_eq!(capacity(&guest), 8);
+    guest.reset();
+    guest.start(u64::MAX);
+    assert_eq!(capacity(&guest), 13);
 }
