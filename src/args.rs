@@ -50,8 +50,8 @@ pub struct Args {
     /// image_type=raw|qcow2 (found out), backing_files=on|off (off), sparse=on|off (on),
     /// serial=TEXT, queue_affinity=[Q@[CPU,..],..] (host CPUs of a queue's thread), bw_size=S with bw_refill_time=MS and
     /// ops_size=N with ops_refill_time=MS (limits; also bw_one_time_burst, ops_one_time_burst), rate_limit_group=ID,
-    /// iommu=on|off (off), id=NAME; or vhost_user=on with socket=PATH (another process serves the disk; needs --memory shared=on),
-    /// num_queues, queue_size, readonly, id; one list a disk
+    /// lock_granularity=byte-range|full (byte-range), iommu=on|off (off), id=NAME; or, for a disk that another process serves,
+    /// vhost_user=on with socket=PATH (needs --memory shared=on), num_queues, queue_size, readonly, id; one list a disk
     #[argh(option, arg_name = "list")]
     pub disk: Vec<String>,
 

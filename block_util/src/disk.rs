@@ -65,6 +65,17 @@ pub struct Geometry {
     pub discard_granularity: u32,
 }
 
+/// What of a file is locked.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub enum LockGranularity {
+    /// The bytes that it has when it is locked, and those of later resizes. Storage that takes a lock of a whole file for a mandatory
+    /// one lets others read it then, as for a backup. A file of no bytes is locked as a whole.
+    #[default]
+    ByteRange,
+    /// All of it, wherever its end comes to be.
+    Full,
+}
+
 /// How a disk is locked. Locks belong to the open file, not to the process, and go away with it.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum LockMode {

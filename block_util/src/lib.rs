@@ -47,10 +47,10 @@ mod raw;
 
 pub use buffer::{AlignedBuf, IoBuf};
 pub use call::{CallIo, HelperIo, Helpers};
-pub use disk::{DiskError, DiskFile, Engine, Geometry, IoOptions, LockMode};
+pub use disk::{DiskError, DiskFile, Engine, Geometry, IoOptions, LockGranularity, LockMode};
 pub use image_type::{ImageType, UnknownImageType};
 pub use io::{Completion, DiskIo, Drain, Operation, QueueFull, Request};
-pub use lock::{lock_file, unlock_file};
+pub use lock::{ImageLock, lock_file, unlock_file};
 pub use rate_limiter::{
     BucketConfig, Clock, LimiterTimer, ManualClock, MonotonicClock, RateLimiter, RateLimiterConfig,
     RateLimiterError,

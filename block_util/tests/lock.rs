@@ -4,9 +4,11 @@
 
 mod common;
 
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::process::Command;
 
-use block_util::{DiskError, DiskFile, LockMode, RawOptions};
+use block_util::{DiskError, DiskFile, LockGranularity, LockMode, RawOptions};
 use common::{BUFFERED, ENGINES, image, open, queue, read};
 
 const READ_ONLY: RawOptions = RawOptions {
@@ -68,6 +70,55 @@ fn a_lock_lasts_as_long_as_the_last_queue() {
         drop(io);
         other.lock(LockMode::Exclusive).unwrap();
     }
+}
+
+/// The ranges of `path` that are locked, as the kernel shows them: first byte, and last one or `EOF`.
+fn ranges(path: &Path) -> Vec<String> {
+    let inode = format!(":{} ", std::fs::metadata(path).unwrap().ino());
+    let all = std::fs::read_to_string("/proc/locks").unwrap();
+    let ours = all.lines().filter(|line| line.contains(&inode));
+    ours.map(|line| line.split(&inode).nth(1).unwrap().to_owned())
+        .collect()
+}
+
+#[test]
+fn what_is_locked() {
+    const FULL: RawOptions = RawOptions {
+        lock: LockGranularity::Full,
+        ..BUFFERED
+    };
+    let file = image(8192);
+    let disk = open(file.path(), &BUFFERED);
+    disk.lock(LockMode::Exclusive).unwrap();
+    assert_eq!(ranges(file.path()), ["0 8191"]);
+    disk.resize(16384).unwrap();
+    assert_eq!(ranges(file.path()), ["0 16383"]);
+    // What it had is not given up, and changes its mode as one.
+    disk.resize(4096).unwrap();
+    disk.lock(LockMode::Shared).unwrap();
+    assert_eq!(ranges(file.path()), ["0 16383"]);
+    disk.unlock().unwrap();
+    assert_eq!(ranges(file.path()), [""; 0]);
+    disk.resize(8192).unwrap();
+    assert_eq!(ranges(file.path()), [""; 0]);
+
+    let full = open(file.path(), &FULL);
+    full.lock(LockMode::Exclusive).unwrap();
+    assert_eq!(ranges(file.path()), ["0 EOF"]);
+    full.resize(16384).unwrap();
+    assert_eq!(ranges(file.path()), ["0 EOF"]);
+    // Either keeps the other out.
+    assert!(in_use(disk.lock(LockMode::Exclusive)));
+    full.unlock().unwrap();
+    disk.lock(LockMode::Exclusive).unwrap();
+    assert!(in_use(full.lock(LockMode::Shared)));
+
+    let empty = image(0);
+    let disk = open(empty.path(), &BUFFERED);
+    disk.lock(LockMode::Exclusive).unwrap();
+    assert_eq!(ranges(empty.path()), ["0 EOF"]);
+    disk.resize(4096).unwrap();
+    assert_eq!(ranges(empty.path()), ["0 EOF"]);
 }
 
 /// Runs this test program again as the other process.

@@ -248,16 +248,18 @@ fn one_image_serves_one_writer() {
             .option("--disk", &disk)
             .start();
         first.wait_for("READY");
-        let second = Vmm::builder()
-            .option("--kernel", test_guest())
-            .option("--disk", format!("{disk},readonly=on"))
-            .start()
-            .wait();
-        let line = second.expect_refusal();
-        assert!(
-            line.contains("lock") && line.contains(text(&path)),
-            "{line}"
-        );
+        for keys in ["readonly=on", "lock_granularity=full"] {
+            let second = Vmm::builder()
+                .option("--kernel", test_guest())
+                .option("--disk", format!("{disk},{keys}"))
+                .start()
+                .wait();
+            let line = second.expect_refusal();
+            assert!(
+                line.contains("lock") && line.contains(text(&path)),
+                "{line}"
+            );
+        }
     }
 }
 

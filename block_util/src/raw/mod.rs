@@ -23,9 +23,9 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::disk::{DiskError, DiskFile, Engine, Geometry, IoOptions, LockMode};
+use crate::disk::{DiskError, DiskFile, Engine, Geometry, IoOptions, LockGranularity, LockMode};
 use crate::io::DiskIo;
-use crate::lock::{lock_file, unlock_file};
+use crate::lock::ImageLock;
 use aio::AioIo;
 pub use data::DataFile;
 pub(crate) use sys::borrow;
@@ -44,6 +44,8 @@ pub struct RawOptions {
     pub sparse: bool,
     /// Refuses writes that would make the image look like another format: for images whose type was found, not told.
     pub protect_format: bool,
+    /// What [`lock`](DiskFile::lock) locks.
+    pub lock: LockGranularity,
 }
 
 impl Default for RawOptions {
@@ -53,6 +55,7 @@ impl Default for RawOptions {
             direct: false,
             sparse: true,
             protect_format: false,
+            lock: LockGranularity::default(),
         }
     }
 }
@@ -61,6 +64,7 @@ impl Default for RawOptions {
 #[derive(Debug)]
 pub struct RawDisk {
     target: Arc<Target>,
+    lock: ImageLock,
 }
 
 impl RawDisk {
@@ -81,6 +85,7 @@ impl RawDisk {
             })?;
         Ok(RawDisk {
             target: Arc::new(Target::new(file, path, options, true)?),
+            lock: ImageLock::new(options.lock),
         })
     }
 
@@ -103,15 +108,16 @@ impl DiskFile for RawDisk {
     }
 
     fn resize(&self, size: u64) -> Result<(), DiskError> {
+        self.lock.grow(&self.target.file, &self.target.path, size)?;
         self.target.resize(size)
     }
 
     fn lock(&self, mode: LockMode) -> Result<(), DiskError> {
-        lock_file(&self.target.file, &self.target.path, mode)
+        self.lock.lock(&self.target.file, &self.target.path, mode)
     }
 
     fn unlock(&self) -> Result<(), DiskError> {
-        unlock_file(&self.target.file, &self.target.path)
+        self.lock.unlock(&self.target.file, &self.target.path)
     }
 
     fn open_io(&self, options: &IoOptions) -> Result<Box<dyn DiskIo>, DiskError> {

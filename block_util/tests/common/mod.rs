@@ -5,7 +5,8 @@ use std::io;
 use std::path::Path;
 
 use block_util::{
-    AlignedBuf, DiskFile, DiskIo, Engine, IoBuf, IoOptions, Operation, RawDisk, RawOptions,
+    AlignedBuf, DiskFile, DiskIo, Engine, IoBuf, IoOptions, LockGranularity, Operation, RawDisk,
+    RawOptions,
 };
 use tempfile::NamedTempFile;
 
@@ -17,6 +18,7 @@ pub const BUFFERED: RawOptions = RawOptions {
     direct: false,
     sparse: true,
     protect_format: false,
+    lock: LockGranularity::ByteRange,
 };
 
 pub const DIRECT: RawOptions = RawOptions {

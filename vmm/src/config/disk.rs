@@ -24,6 +24,7 @@ const KNOWN: &[&str] = &[
     "rate_limit_group",
     "vhost_user",
     "socket",
+    "lock_granularity",
 ];
 /// Most queues of a disk.
 const MAX_QUEUES: u16 = 256;
@@ -40,6 +41,29 @@ pub enum ImageType {
     Raw,
     /// qcow2.
     Qcow2,
+}
+
+/// What of the image's file is locked.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LockGranularity {
+    /// The bytes that it has.
+    #[default]
+    #[serde(alias = "ByteRange")]
+    ByteRange,
+    /// All of it, wherever its end comes to be.
+    #[serde(alias = "Full")]
+    Full,
+}
+
+impl LockGranularity {
+    /// As the library of disks has it.
+    pub fn of_lock(self) -> block_util::LockGranularity {
+        match self {
+            Self::ByteRange => block_util::LockGranularity::ByteRange,
+            Self::Full => block_util::LockGranularity::Full,
+        }
+    }
 }
 
 /// CPUs of the host for a queue's thread.
@@ -88,6 +112,8 @@ pub struct DiskConfig {
     pub vhost_user: bool,
     /// Where that process listens.
     pub vhost_socket: Option<PathBuf>,
+    /// What of the image's file is locked.
+    pub lock_granularity: LockGranularity,
 }
 
 impl Default for DiskConfig {
@@ -109,6 +135,7 @@ impl Default for DiskConfig {
             rate_limit_group: None,
             vhost_user: false,
             vhost_socket: None,
+            lock_granularity: LockGranularity::default(),
         }
     }
 }
@@ -151,6 +178,17 @@ impl DiskConfig {
             rate_limit_group: text.text("rate_limit_group").map(str::to_owned),
             vhost_user,
             vhost_socket: text.text("socket").map(PathBuf::from),
+            lock_granularity: text
+                .convert(
+                    "lock_granularity",
+                    "byte-range or full is allowed",
+                    |v| match v {
+                        "byte-range" => Some(LockGranularity::ByteRange),
+                        "full" => Some(LockGranularity::Full),
+                        _ => None,
+                    },
+                )?
+                .unwrap_or_default(),
         })
     }
 
@@ -229,6 +267,10 @@ impl DiskConfig {
             ("serial", self.serial.is_some()),
             ("iommu", self.iommu),
             ("sparse", self.sparse != default.sparse),
+            (
+                "lock_granularity",
+                self.lock_granularity != default.lock_granularity,
+            ),
             ("queue_affinity", self.queue_affinity.is_some()),
             ("limits", self.rate_limiter_config.is_some()),
             ("rate_limit_group", self.rate_limit_group.is_some()),
@@ -307,6 +349,9 @@ mod tests {
         assert!(disk.readonly && disk.direct);
         assert_eq!((disk.num_queues, disk.queue_size), (4, 256));
         assert_eq!(disk.image_type, Some(ImageType::Raw));
+        assert_eq!(disk.lock_granularity, LockGranularity::ByteRange);
+        let disk = checked("path=/a,lock_granularity=full").unwrap();
+        assert_eq!(disk.lock_granularity, LockGranularity::Full);
     }
 
     #[test]
@@ -377,6 +422,7 @@ mod tests {
             "path=/a,socket=/s",
             "path=/a,colour=red",
             "path=/a,sparse=maybe",
+            "path=/a,lock_granularity=file",
             "path=/a,bw_size=1M",
             "path=/a,ops_size=0,ops_refill_time=10",
             "path=/a,rate_limit_group=g,ops_size=1,ops_refill_time=10",

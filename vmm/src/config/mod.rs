@@ -20,7 +20,7 @@ mod vsock;
 pub use balloon::BalloonConfig;
 pub use console::{ConsoleConfig, ConsoleMode};
 pub use cpus::{CpuTopologyConfig, CpusConfig};
-pub use disk::{DiskConfig, ImageType, QueueAffinity};
+pub use disk::{DiskConfig, ImageType, LockGranularity, QueueAffinity};
 pub use memory::{HOTPLUG_ALIGNMENT, HOTPLUG_BLOCK, HotplugMethod, MemoryConfig};
 pub use net::{DEFAULT_IP, NetConfig};
 pub use net_user::UserNetworkConfig;

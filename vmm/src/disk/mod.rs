@@ -53,6 +53,7 @@ pub fn open(
                 direct: config.direct,
                 sparse: config.sparse,
                 protect_format: told.is_none(),
+                lock: config.lock_granularity.of_lock(),
             };
             let disk = RawDisk::open(&config.path, &options)?;
             disk.lock(lock_mode(config))?;

@@ -19,8 +19,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use block_util::{
-    DataFile, DiskError, DiskFile, DiskIo, Geometry, Helpers, IoBuf, IoOptions, LockMode,
-    Operation, lock_file, unlock_file,
+    DataFile, DiskError, DiskFile, DiskIo, Geometry, Helpers, ImageLock, IoBuf, IoOptions,
+    LockMode, Operation,
 };
 use qcow::Image;
 use vm_virtio::Spawn;
@@ -46,6 +46,7 @@ struct Shared {
     image: Arc<Image>,
     /// For the lock.
     file: File,
+    lock: ImageLock,
     path: PathBuf,
 }
 
@@ -63,7 +64,8 @@ impl QcowDisk {
                 source,
             })?;
         // Before the image is read: what another process is writing must not be.
-        lock_file(&file, &path, super::lock_mode(config))?;
+        let lock = ImageLock::new(config.lock_granularity.of_lock());
+        lock.lock(&file, &path, super::lock_mode(config))?;
         let options = qcow::OpenOptions::new()
             .write(!config.readonly)
             .follow_backing(config.backing_files)
@@ -101,6 +103,7 @@ impl QcowDisk {
                 data,
                 image,
                 file,
+                lock,
                 path,
             }),
             read_only: config.readonly,
@@ -146,11 +149,17 @@ impl DiskFile for QcowDisk {
     }
 
     fn lock(&self, mode: LockMode) -> Result<(), DiskError> {
-        lock_file(&self.shared.file, &self.shared.path, mode)
+        let Shared {
+            lock, file, path, ..
+        } = &*self.shared;
+        lock.lock(file, path, mode)
     }
 
     fn unlock(&self) -> Result<(), DiskError> {
-        unlock_file(&self.shared.file, &self.shared.path)
+        let Shared {
+            lock, file, path, ..
+        } = &*self.shared;
+        lock.unlock(file, path)
     }
 
     fn open_io(&self, options: &IoOptions) -> Result<Box<dyn DiskIo>, DiskError> {
