@@ -254,7 +254,8 @@ fn debian_on_a_raw_disk_by_the_introduced_command_line() {
     let disk = images.raw();
     let vmm = introduced(&asset("vmlinux"), &disk)
         .option("--cmdline", "console=hvc0 root=/dev/vda1 rw")
-        .patience(Duration::from_secs(580))
+        // Four processors, and none of the words that save a KVM without hardware its work.
+        .patience(Duration::from_secs(1400))
         .start();
     run_debian(vmm);
     let partition = images.partition(&disk);
