@@ -32,7 +32,7 @@ mod queue;
 mod socket;
 mod tap;
 
-pub use batch::{MAX_BATCH, SendBatch};
+pub use batch::{MAX_BATCH, ReceiveBatch, SendBatch};
 pub use interface::{Interface, InterfaceError};
 pub use link::LinkMonitor;
 pub use mac::{MacAddr, MacError};

@@ -58,8 +58,9 @@ impl TapQueue {
         moved(unsafe { libc::writev(self.fd.as_raw_fd(), pieces.as_ptr(), count(pieces.len())?) })
     }
 
-    /// Whether a [`SendBatch`](crate::SendBatch) may send through it: the kernel then takes each packet at once and in order, since it
-    /// can write without waiting, and has no limit after which a packet would have to wait.
+    /// Whether a [`SendBatch`](crate::SendBatch) may send through it, and a [`ReceiveBatch`](crate::ReceiveBatch) receive: the kernel then
+    /// takes and gives each packet at once and in order, since it can do so without waiting, and has no limit after which a packet would
+    /// have to wait.
     pub fn takes_batches(&self) -> bool {
         let mut limit: libc::c_int = 0;
         // SAFETY: TUNGETSNDBUF writes one int.

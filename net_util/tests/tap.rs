@@ -10,8 +10,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use net_util::{
-    Interface, InterfaceError, LinkMonitor, MAX_PACKET_LEN, MacAddr, Offloads, SendBatch, Tap,
-    TapError, TapOptions, TapQueue, VNET_HEADER_LEN,
+    Interface, InterfaceError, LinkMonitor, MAX_PACKET_LEN, MacAddr, Offloads, ReceiveBatch,
+    SendBatch, Tap, TapError, TapOptions, TapQueue, VNET_HEADER_LEN,
 };
 
 /// Runs a test on a thread with its own interfaces, and its own view of them in /sys.
@@ -351,6 +351,53 @@ fn a_batch_is_as_many_packets_by_themselves() {
         let set = unsafe { libc::ioctl(queue.as_raw_fd(), libc::TUNSETSNDBUF, &limit) };
         assert_eq!(set, 0, "{}", io::Error::last_os_error());
         assert!(!queue.takes_batches());
+    });
+}
+
+#[test]
+fn a_batch_of_packets_comes_in_one_system_call() {
+    in_namespace(|| {
+        let tap = open("guest0", 1).unwrap();
+        ready(&tap);
+        let queue = &tap.queues()[0];
+        let socket = UdpSocket::bind((HOST, 0)).unwrap();
+        let mut batch = ReceiveBatch::new().unwrap();
+        // As many as there are places for, fewer, none.
+        for count in [8, 5, 0, 1] {
+            for n in 0..count {
+                let text = format!("packet {n}");
+                socket.send_to(text.as_bytes(), (GUEST, 1000)).unwrap();
+            }
+            if count > 0 {
+                wait_readable(tap.queues());
+            }
+            let mut places = vec![[0; 100]; 8];
+            let pieces: Vec<[libc::iovec; 2]> = places
+                .iter_mut()
+                .map(|place| {
+                    let (header, rest) = place.split_at_mut(VNET_HEADER_LEN);
+                    [header, rest].map(|piece| libc::iovec {
+                        iov_base: piece.as_mut_ptr().cast(),
+                        iov_len: piece.len(),
+                    })
+                })
+                .collect();
+            let mut came = Vec::new();
+            let all = pieces.iter().map(|place| &place[..]);
+            // SAFETY: the pieces are of `places`, which are not used until the call returns.
+            unsafe { batch.read_packets(queue.as_raw_fd(), all, |result| came.push(result)) }
+                .unwrap();
+            assert_eq!(came.len(), 8);
+            for (n, (place, result)) in places.iter().zip(came).enumerate() {
+                if n < count {
+                    let text = format!("packet {n}");
+                    assert_eq!(result.unwrap(), PAYLOAD + text.len());
+                    assert_eq!(&place[PAYLOAD..][..text.len()], text.as_bytes());
+                } else {
+                    assert_eq!(result.unwrap_err().kind(), ErrorKind::WouldBlock);
+                }
+            }
+        }
     });
 }
 

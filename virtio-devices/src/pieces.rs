@@ -31,6 +31,11 @@ impl Pieces {
         });
     }
 
+    /// Adds pieces of another list, for one call.
+    pub fn copy(&mut self, pieces: &[libc::iovec]) {
+        self.0.extend_from_slice(pieces);
+    }
+
     /// Takes the last one away.
     pub fn pop(&mut self) {
         self.0.pop();

@@ -27,8 +27,8 @@ pub trait PacketQueue: AsRawFd + Send + Sync {
     /// Until this returns the memory of each piece stays mapped and readable, and no `&mut` to it is used.
     unsafe fn write_packet(&self, pieces: &[libc::iovec]) -> io::Result<usize>;
 
-    /// Whether a [`SendBatch`](net_util::SendBatch) may send through its descriptor, many packets in one system call. No packet ever
-    /// waits for room then.
+    /// Whether a [`SendBatch`](net_util::SendBatch) may send through its descriptor, many packets in one system call, and a
+    /// [`ReceiveBatch`](net_util::ReceiveBatch) receive. No packet ever waits for room then.
     fn takes_batches(&self) -> bool {
         false
     }

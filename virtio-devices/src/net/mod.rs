@@ -171,7 +171,7 @@ pub struct Net<M> {
     workers: Vec<Worker<Pair<M>>>,
     /// Queues that the driver does not use, while the device works.
     idle: Vec<DeviceQueue>,
-    /// Packets that waited for buffers when the device was stopped, by pair.
+    /// Packets that waited for buffers when the device was stopped, by pair, in their order.
     waiting: Vec<(u16, Vec<u8>)>,
 }
 
@@ -290,14 +290,14 @@ impl<M: DeviceMemory> Net<M> {
                 continue;
             }
             let name = format!("{}_q{number}", shared.id);
-            let waiting = self.waiting.iter().find(|(pair, _)| *pair == number);
+            let waiting = self.waiting.iter().filter(|(pair, _)| *pair == number);
             let pair = Pair::new(
                 number,
                 group,
                 memory.clone(),
                 features,
                 shared.clone(),
-                waiting.map(|(_, packet)| &packet[..]),
+                waiting.map(|(_, packet)| packet.clone()),
             )
             .map_err(|e| DeviceError::Device("its limits", Box::new(e)))?;
             let worker = Worker::start(&name, vec![pair], interrupt.clone(), &spawn)?;
@@ -346,7 +346,7 @@ impl<M: DeviceMemory> VirtioDevice<M> for Net<M> {
         for worker in self.workers.drain(..) {
             match worker.stop() {
                 Ok(pairs) => {
-                    let waiting = pairs.iter().filter_map(Pair::waiting);
+                    let waiting = pairs.iter().flat_map(Pair::waiting);
                     self.waiting
                         .extend(waiting.map(|(n, packet)| (n, packet.to_vec())));
                     queues.extend(pairs.into_iter().flat_map(Pair::into_queues));

@@ -47,7 +47,7 @@ pub(super) struct Pair<M> {
 }
 
 impl<M: DeviceMemory> Pair<M> {
-    /// Pair `number`, whose `queues` are for receiving, for transmitting, and perhaps for control. `waiting` is a packet that waited
+    /// Pair `number`, whose `queues` are for receiving, for transmitting, and perhaps for control. `waiting` are packets that waited
     /// for buffers when the device was stopped.
     pub fn new(
         number: u16,
@@ -55,7 +55,7 @@ impl<M: DeviceMemory> Pair<M> {
         memory: M,
         features: u64,
         shared: Arc<Shared>,
-        waiting: Option<&[u8]>,
+        waiting: impl Iterator<Item = Vec<u8>>,
     ) -> Result<Self, RateLimiterError> {
         let timer =
             |limiter: &Option<Arc<RateLimiter>>| limiter.clone().map(LimiterTimer::new).transpose();
@@ -66,7 +66,13 @@ impl<M: DeviceMemory> Pair<M> {
             queues,
             memory,
             features,
-            receiver: Receiver::new(&shared.facts, features, waiting, receive),
+            receiver: Receiver::new(
+                shared.end(number),
+                &shared.facts,
+                features,
+                waiting,
+                receive,
+            ),
             transmitter: Transmitter::new(shared.end(number), transmit),
             shared,
             receiving: false,
@@ -74,9 +80,9 @@ impl<M: DeviceMemory> Pair<M> {
         })
     }
 
-    /// A packet that waits for buffers, and the pair's number.
-    pub fn waiting(&self) -> Option<(u16, &[u8])> {
-        Some((self.number, self.receiver.waiting()?))
+    /// The packets that wait for buffers, each with the pair's number.
+    pub fn waiting(&self) -> impl Iterator<Item = (u16, &[u8])> {
+        self.receiver.waiting().map(|packet| (self.number, packet))
     }
 
     pub fn into_queues(self) -> Vec<DeviceQueue> {
@@ -99,7 +105,7 @@ impl<M: DeviceMemory> Pair<M> {
                 Progress::Empty => !events.intersects(EventSet::ERROR | EventSet::HANG_UP),
                 Progress::TurnOver => {
                     // No event tells of a packet that was read already.
-                    if self.receiver.waiting().is_some() {
+                    if self.receiver.waiting().next().is_some() {
                         context.again(queue.index());
                     }
                     true

@@ -8,6 +8,9 @@
 //!        │                      it is longer than all there are: kept aside until there is room              │
 //!        └───────────────────────────────────────────────────────────────────────────────────────────────────┘
 //! ```
+//!
+//! Where packets come without a break, and each is likely to fit in one buffer, many are read in one system call, a buffer each. What does not
+//! go as expected there, such as a longer one, is put aside together with all that came after it, and its buffers are put back.
 #![allow(unsafe_code)]
 
 use std::collections::VecDeque;
@@ -15,7 +18,7 @@ use std::io::ErrorKind;
 
 use block_util::LimiterTimer;
 use log::debug;
-use net_util::{MAX_PACKET_LEN, VNET_HEADER_LEN};
+use net_util::{MAX_PACKET_LEN, ReceiveBatch, VNET_HEADER_LEN};
 use vm_memory::GuestMemory;
 use vm_memory::bitmap::Bitmap;
 use vm_virtio::{Chain, DeviceQueue, Fault, QueueError, VirtioInterrupt};
@@ -25,7 +28,10 @@ use super::config::{Facts, GUEST_CSUM, MRG_RXBUF};
 use crate::pieces::{MOST, Pieces};
 
 /// Packets before it is the turn of others.
-const TURN: usize = 64;
+const TURN: usize = 256;
+
+/// The most packets that are read together.
+const BURST: usize = 32;
 
 /// Where `num_buffers` is in the header (§5.1.6).
 const NUM_BUFFERS: usize = 10;
@@ -58,6 +64,34 @@ struct Held {
     room: usize,
 }
 
+/// What reading many packets together takes.
+struct Burst {
+    batch: ReceiveBatch,
+    /// What of each packet goes past its buffer. Where nothing does, no memory is in use.
+    past: Vec<Box<[u8]>>,
+    /// A buffer, and memory past it, for each.
+    places: Pieces,
+    /// Where those of each end.
+    ends: Vec<usize>,
+    results: Vec<Result<usize, ErrorKind>>,
+}
+
+impl Burst {
+    /// None where the kernel can't.
+    fn new() -> Option<Self> {
+        let batch = ReceiveBatch::new()
+            .inspect_err(|e| debug!("packets are received one by one: {e}"))
+            .ok()?;
+        Some(Self {
+            batch,
+            past: Vec::new(),
+            places: Pieces::default(),
+            ends: Vec::with_capacity(BURST),
+            results: Vec::with_capacity(BURST),
+        })
+    }
+}
+
 /// What one queue needs to receive.
 pub(super) struct Receiver {
     mergeable: bool,
@@ -81,25 +115,32 @@ pub(super) struct Receiver {
     aside: Box<[u8]>,
     /// There is a packet aside of so many bytes.
     waiting: Option<usize>,
+    /// Packets that came after it, and wait, too.
+    behind: VecDeque<Vec<u8>>,
+    burst: Option<Burst>,
+    /// Packets that came since there was none.
+    streak: usize,
     /// The driver may think that notifications are wanted.
     notified: bool,
     limit: Option<LimiterTimer>,
 }
 
 impl Receiver {
-    /// `waiting` is a packet that waited for buffers when the device was stopped.
+    /// From `end`, as fast as `limit` allows. `waiting` are packets that waited for buffers when the device was stopped.
     pub fn new(
+        end: Option<&dyn PacketQueue>,
         facts: &Facts,
         features: u64,
-        waiting: Option<&[u8]>,
+        waiting: impl Iterator<Item = Vec<u8>>,
         limit: Option<LimiterTimer>,
     ) -> Self {
-        let mut aside = vec![0; MAX_PACKET_LEN];
-        for (to, from) in aside.iter_mut().zip(waiting.unwrap_or_default()) {
-            *to = *from;
-        }
+        let mergeable = features & MRG_RXBUF != 0;
+        // With a limit each packet is asked for by itself; without merging none could wait for more buffers.
+        let burst = end
+            .filter(|end| mergeable && limit.is_none() && end.takes_batches())
+            .and_then(|_| Burst::new());
         Self {
-            mergeable: features & MRG_RXBUF != 0,
+            mergeable,
             checksums: features & GUEST_CSUM != 0,
             longest: facts.longest_packet(features),
             expected: 0,
@@ -109,8 +150,11 @@ impl Receiver {
             pieces: Pieces::default(),
             room: 0,
             used: Vec::new(),
-            aside: aside.into(),
-            waiting: waiting.map(<[u8]>::len),
+            aside: vec![0; MAX_PACKET_LEN].into(),
+            waiting: None,
+            behind: waiting.collect(),
+            burst,
+            streak: 0,
             notified: true,
             limit,
         }
@@ -128,9 +172,12 @@ impl Receiver {
         }
     }
 
-    /// The packet that waits for buffers.
-    pub fn waiting(&self) -> Option<&[u8]> {
-        self.aside.get(..self.waiting?)
+    /// The packets that wait for buffers, in their order.
+    pub fn waiting(&self) -> impl Iterator<Item = &[u8]> {
+        let first = self.waiting.and_then(|len| self.aside.get(..len));
+        first
+            .into_iter()
+            .chain(self.behind.iter().map(Vec::as_slice))
     }
 
     /// Receives what waits. Nothing stays popped.
@@ -142,15 +189,20 @@ impl Receiver {
         interrupt: &dyn VirtioInterrupt,
     ) -> Result<Progress, QueueError> {
         let progress = self.turn(queue, memory, end);
+        self.put_back(queue);
+        // Packets before a fault are complete.
+        queue.signal(memory, interrupt)?;
+        progress
+    }
+
+    /// Puts what is held back into the queue.
+    fn put_back(&mut self, queue: &mut DeviceQueue) {
         while let Some(held) = self.held.pop_back() {
             queue.undo_pop();
             self.spare.push(held.chain);
         }
         self.pieces.clear();
         self.room = 0;
-        // Packets before a fault are complete.
-        queue.signal(memory, interrupt)?;
-        progress
     }
 
     fn turn<M: GuestMemory>(
@@ -166,10 +218,25 @@ impl Receiver {
         self.expected = (self.expected / 2)
             .max(2 * self.seen)
             .clamp(LEAST_ROOM.min(self.longest), self.longest);
-        self.seen = 0;
-        for _ in 0..TURN {
+        let before = std::mem::take(&mut self.seen);
+        let mut left = TURN;
+        while left > 0 {
+            left -= 1;
             if self.limit.as_ref().is_some_and(LimiterTimer::is_waiting) {
                 return Ok(Progress::Limited);
+            }
+            if self.waiting.is_none()
+                && let Some(packet) = self.behind.pop_front()
+            {
+                self.wait(&packet);
+            }
+            let width = self.width(left + 1);
+            if width > 1 && self.gather_burst(queue, memory, width, before)? {
+                left = left.saturating_sub(self.held.len().min(BURST) - 1);
+                if let Some(progress) = self.read_burst(queue, memory, end)? {
+                    return Ok(progress);
+                }
+                continue;
             }
             let wanted = self.waiting.unwrap_or(self.expected);
             self.gather(queue, memory, wanted)?;
@@ -197,7 +264,10 @@ impl Receiver {
             match self.read(end) {
                 Ok(0) => return Ok(Progress::Failed),
                 Ok(len) if len < VNET_HEADER_LEN => debug!("a packet without a header is dropped"),
-                Ok(len) if len <= self.room => self.finish(queue, memory, len)?,
+                Ok(len) if len <= self.room => {
+                    self.streak += 1;
+                    self.finish(queue, memory, len)?;
+                }
                 Ok(len) => {
                     let put_aside = self.set_aside(memory);
                     put_aside.map_err(|fault| queue.error(fault))?;
@@ -209,7 +279,10 @@ impl Receiver {
                         debug!("a packet is longer than the driver's buffer, and dropped");
                     }
                 }
-                Err(ErrorKind::WouldBlock) => return Ok(Progress::Empty),
+                Err(ErrorKind::WouldBlock) => {
+                    self.streak = 0;
+                    return Ok(Progress::Empty);
+                }
                 Err(ErrorKind::Interrupted) => {}
                 Err(error) => {
                     debug!("receiving packets: {error}");
@@ -218,6 +291,167 @@ impl Receiver {
             }
         }
         Ok(Progress::TurnOver)
+    }
+
+    /// How many packets to read together: what finds none costs something as well, so half as many as came without a break.
+    fn width(&self, most: usize) -> usize {
+        if self.burst.is_none() || self.waiting.is_some() {
+            return 1;
+        }
+        (self.streak / 2).min(BURST).min(most)
+    }
+
+    /// Holds `width` chains, or as many as there are. False if packets as long as those of late, `before` this turn and in it, would not fit
+    /// in one; or if there is no second.
+    fn gather_burst<M: GuestMemory>(
+        &mut self,
+        queue: &mut DeviceQueue,
+        memory: &M,
+        width: usize,
+        before: usize,
+    ) -> Result<bool, QueueError> {
+        let recent = self.seen.max(before);
+        while self.held.len() < width && self.pieces.len() < ENOUGH_PIECES {
+            let held = self.room;
+            self.gather(queue, memory, held + 1)?;
+            if self.room == held {
+                break;
+            }
+            if self.held.back().is_some_and(|last| last.room < recent) {
+                return Ok(false);
+            }
+        }
+        Ok(self.held.len() > 1 && self.held.iter().all(|held| held.room >= recent))
+    }
+
+    /// Reads a packet into each chain that is held. None if there may be more; nothing is held then.
+    fn read_burst<M: GuestMemory>(
+        &mut self,
+        queue: &mut DeviceQueue,
+        memory: &M,
+        end: &dyn PacketQueue,
+    ) -> Result<Option<Progress>, QueueError> {
+        let Some(mut burst) = self.burst.take() else {
+            return Ok(None);
+        };
+        let read = self.read_places(&mut burst, end);
+        let took = self.take_results(&burst, queue, memory);
+        self.put_back(queue);
+        if read {
+            self.burst = Some(burst);
+        }
+        took
+    }
+
+    /// False if the kernel could not do that; nothing was read then.
+    fn read_places(&self, burst: &mut Burst, end: &dyn PacketQueue) -> bool {
+        burst.places.clear();
+        burst.ends.clear();
+        burst.results.clear();
+        while burst.past.len() < self.held.len().min(BURST) {
+            burst.past.push(vec![0; MAX_PACKET_LEN].into());
+        }
+        let mut start = 0;
+        for (held, past) in self.held.iter().zip(&mut burst.past) {
+            let own = self.pieces.as_slice().get(start..start + held.pieces);
+            start += held.pieces;
+            burst.places.copy(own.unwrap_or_default());
+            burst.places.push_own(past);
+            burst.ends.push(burst.places.len());
+        }
+        let mut start = 0;
+        let places = burst.ends.iter().map(|end| {
+            let place = burst.places.as_slice().get(start..*end);
+            start = *end;
+            place.unwrap_or_default()
+        });
+        let results = &mut burst.results;
+        // SAFETY: the pieces were found in guest memory during this turn, whose mapping the caller of it borrows; nobody makes
+        // references to them. Those past them are memory of our own, to which there is no other reference. No two overlap, unless the
+        // driver gave the same memory twice, which is the kernel's to write twice.
+        let read = unsafe {
+            burst.batch.read_packets(end.as_raw_fd(), places, |result| {
+                results.push(result.map_err(|error| error.kind()));
+            })
+        };
+        read.inspect_err(|e| debug!("packets are received one by one from now on: {e}"))
+            .is_ok()
+    }
+
+    /// Gives the driver the packets that were read, up to the first for which there is more to do than that.
+    fn take_results<M: GuestMemory>(
+        &mut self,
+        burst: &Burst,
+        queue: &mut DeviceQueue,
+        memory: &M,
+    ) -> Result<Option<Progress>, QueueError> {
+        let mut stopped = None;
+        let mut fault = None;
+        let mut straight = true;
+        let mut given = 0;
+        self.used.clear();
+        for (number, (result, past)) in burst.results.iter().zip(&burst.past).enumerate() {
+            let Some(held) = self.held.get(number) else {
+                break;
+            };
+            match *result {
+                Ok(0) => stopped = Some(Progress::Failed),
+                Ok(len) if len < VNET_HEADER_LEN => debug!("a packet without a header is dropped"),
+                Ok(len) if straight && len <= held.room => {
+                    let complete = mark(held, memory, len)
+                        .and_then(|()| complete_header(held, memory, self.checksums, 1));
+                    if let Err(wrong) = complete {
+                        fault = Some(wrong);
+                        break;
+                    }
+                    self.used.push((held.chain.head(), len as u32));
+                    self.seen = self.seen.max(len);
+                    given += 1;
+                    continue;
+                }
+                Ok(len) => match taken_out(held, memory, len, past) {
+                    Ok(packet) => {
+                        self.behind.push_back(packet);
+                        self.seen = self.seen.max(len);
+                    }
+                    Err(wrong) => {
+                        fault = Some(wrong);
+                        break;
+                    }
+                },
+                Err(ErrorKind::WouldBlock) => stopped = stopped.or(Some(Progress::Empty)),
+                Err(ErrorKind::Interrupted) => {}
+                Err(error) => {
+                    debug!("receiving packets: {error}");
+                    stopped = Some(Progress::Failed);
+                }
+            }
+            // The buffers of this one go back, and those after it must, too.
+            straight = false;
+        }
+        queue.add_used_together(memory, &self.used)?;
+        self.streak += given;
+        for held in self.held.drain(..given) {
+            self.spare.push(held.chain);
+        }
+        if let Some(fault) = fault {
+            return Err(queue.error(fault));
+        }
+        if stopped == Some(Progress::Empty) {
+            self.streak = 0;
+            if !self.behind.is_empty() {
+                stopped = None;
+            }
+        }
+        Ok(stopped)
+    }
+
+    /// Puts a packet aside, where there is none.
+    fn wait(&mut self, packet: &[u8]) {
+        for (to, from) in self.aside.iter_mut().zip(packet) {
+            *to = *from;
+        }
+        self.waiting = Some(packet.len().min(self.aside.len()));
     }
 
     /// Pops chains until there is room for `wanted` bytes, if there are as many.
@@ -338,19 +572,18 @@ impl Receiver {
                 break;
             }
             let part = left.min(held.room);
-            // The kernel wrote through pointers, which told nobody.
-            let marked = held.chain.writer(memory).slices(part, |slice| {
-                slice.bitmap().mark_dirty(0, slice.len());
-                Ok(())
-            });
-            marked.map_err(|fault| queue.error(fault))?;
+            mark(held, memory, part).map_err(|fault| queue.error(fault))?;
             self.used.push((held.chain.head(), part as u32));
             left -= part;
             pieces += held.pieces;
             room += held.room;
         }
-        self.complete_header(memory)
-            .map_err(|fault| queue.error(fault))?;
+        if let Some(first) = self.held.front() {
+            // No more than are held, which are no more than the queue has entries.
+            let count = self.used.len() as u16;
+            complete_header(first, memory, self.checksums, count)
+                .map_err(|fault| queue.error(fault))?;
+        }
         queue.add_used_together(memory, &self.used)?;
         for held in self.held.drain(..self.used.len().min(self.held.len())) {
             self.spare.push(held.chain);
@@ -359,20 +592,51 @@ impl Receiver {
         self.room -= room;
         Ok(())
     }
+}
 
-    /// Of the header, what the kernel does not know (§5.1.6.4.1).
-    fn complete_header<M: GuestMemory>(&self, memory: &M) -> Result<(), Fault> {
-        let Some(first) = self.held.front() else {
-            return Ok(());
-        };
-        let mut writer = first.chain.writer(memory);
-        if self.checksums {
-            writer.skip(NUM_BUFFERS)?;
-        } else {
-            writer.write(&[0])?;
-            writer.skip(NUM_BUFFERS - 1)?;
-        }
-        // No more than are held, which are no more than the queue has entries.
-        writer.write(&(self.used.len() as u16).to_le_bytes())
+/// Says that the kernel wrote the first `len` bytes of a chain, through pointers, which told nobody.
+fn mark<M: GuestMemory>(held: &Held, memory: &M, len: usize) -> Result<(), Fault> {
+    held.chain.writer(memory).slices(len, |slice| {
+        slice.bitmap().mark_dirty(0, slice.len());
+        Ok(())
+    })
+}
+
+/// Of the header, what the kernel does not know (§5.1.6.4.1).
+fn complete_header<M: GuestMemory>(
+    first: &Held,
+    memory: &M,
+    checksums: bool,
+    count: u16,
+) -> Result<(), Fault> {
+    let mut writer = first.chain.writer(memory);
+    if checksums {
+        writer.skip(NUM_BUFFERS)?;
+    } else {
+        writer.write(&[0])?;
+        writer.skip(NUM_BUFFERS - 1)?;
     }
+    writer.write(&count.to_le_bytes())
+}
+
+/// A packet of `len` bytes, of which those that do not fit in its chain are in `past`.
+fn taken_out<M: GuestMemory>(
+    held: &Held,
+    memory: &M,
+    len: usize,
+    past: &[u8],
+) -> Result<Vec<u8>, Fault> {
+    let mut packet = Vec::with_capacity(len);
+    held.chain
+        .writer(memory)
+        .slices(len.min(held.room), |slice| {
+            slice.bitmap().mark_dirty(0, slice.len());
+            let start = packet.len();
+            packet.resize(start + slice.len(), 0);
+            slice.copy_to(packet.get_mut(start..).unwrap_or_default());
+            Ok(())
+        })?;
+    let rest = past.get(..len - packet.len().min(len));
+    packet.extend_from_slice(rest.unwrap_or_default());
+    Ok(packet)
 }

@@ -1,5 +1,6 @@
 //! The device between a driver and ends that a test holds.
 
+mod burst;
 mod control;
 mod tap;
 mod wire;
