@@ -30,6 +30,8 @@ pub struct Ratios {
     pub raw: Option<Summary>,
     /// To the other VMM.
     pub other: Option<Summary>,
+    /// Of the processor time of an operation to the other VMM's, which hardly depends on what else runs.
+    pub other_cpu: Option<Summary>,
 }
 
 /// The results of one who takes part.
@@ -124,10 +126,13 @@ impl Report {
             let values: Vec<f64> = row.samples.iter().flatten().copied().collect();
             row.summary = Summary::of(&values);
             let to = |base: Option<&Row>| ratios(&row.samples, &base?.samples);
+            let other = find(row.variant, Program::Other).filter(|_| row.program == Program::Vmm);
+            let times = |row: &Row| row.cpu.iter().copied().map(Some).collect::<Vec<_>>();
             row.ratios = Ratios {
                 host: to(find(row.variant, Program::Host).filter(|_| row.program != Program::Host)),
                 raw: to(find(BASE, row.program).filter(|_| row.variant != BASE)),
-                other: to(find(row.variant, Program::Other).filter(|_| row.program == Program::Vmm)),
+                other: to(other),
+                other_cpu: other.and_then(|other| ratios(&times(row), &times(other))),
             };
         }
         self.benchmarks.push(Table {
@@ -143,7 +148,7 @@ impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(
             f,
-            "{} turns of {} ms on {} processors{}. Ratios are of the same turn, in the middle. An operation costs system calls,\nexits to the VMM, microseconds of processor time (all threads but the vCPU), and kicks by the guest.",
+            "{} turns of {} ms on {} processors{}. Ratios are of the same turn, in the middle. An operation costs system calls,\nexits to the VMM, microseconds of processor time (all threads but the vCPU; beside it, its ratio to the other VMM), and kicks by the guest.",
             self.turns,
             self.milliseconds,
             self.processors,
@@ -162,7 +167,7 @@ impl fmt::Display for Table {
         writeln!(f, "{} ({}, {better} is better)", self.name, self.unit)?;
         writeln!(
             f,
-            "  {:<10} {:<5} {:>9} {:>9} {:>7} {:>6} {:>6} {:>6} {:>8} {:>6} {:>8} {:>6}",
+            "  {:<10} {:<5} {:>9} {:>9} {:>7} {:>6} {:>6} {:>6} {:>8} {:>6} {:>8} {:>6} {:>6}",
             "",
             "",
             "least",
@@ -174,6 +179,7 @@ impl fmt::Display for Table {
             "syscalls",
             "exits",
             "cpu us",
+            "/other",
             "kicks"
         )?;
         for row in &self.rows {
@@ -191,7 +197,12 @@ impl fmt::Display for Table {
                     summary.spread() * 100.0
                 )?;
             }
-            let Ratios { host, raw, other } = row.ratios;
+            let Ratios {
+                host,
+                raw,
+                other,
+                other_cpu,
+            } = row.ratios;
             for (ratio, width) in [(host, 6), (raw, 6), (other, 6)] {
                 write!(f, " {:>width$}", cell(ratio.map(|r| r.median)))?;
             }
@@ -200,6 +211,7 @@ impl fmt::Display for Table {
                 (costs.and_then(|c| c.syscalls), 8),
                 (costs.and_then(|c| c.exits), 6),
                 (costs.and_then(|c| c.cpu_us), 8),
+                (other_cpu.map(|r| r.median), 6),
                 (costs.and_then(|c| c.kicks), 6),
             ] {
                 write!(f, " {:>width$}", cell(cost))?;
@@ -255,8 +267,8 @@ mod tests {
         let mut report = Report::new(&args, 1e9);
         let mut rows: Vec<Row> = benchmarks[0].entrants.iter().map(Row::new).collect();
         for (row, value) in rows.iter_mut().zip([10_000.0, 9000.0, 4500.0, 8100.0]) {
-            row.add(value, None);
-            row.add(value * 2.0, None);
+            row.add(value, Some(value / 1e3));
+            row.add(value * 2.0, Some(value / 1e3));
         }
         if let Some(row) = rows.last_mut() {
             row.note = Some("--disk: no such key".to_owned());
@@ -278,6 +290,8 @@ mod tests {
         assert_eq!(all(0), (None, None, None));
         assert_eq!(all(1), (Some(90.0), None, Some(200.0)));
         assert_eq!(all(3), (None, Some(90.0), None));
+        let cpu = |i: usize| median(rows[i].ratios.other_cpu);
+        assert_eq!((cpu(0), cpu(1), cpu(2)), (None, Some(200.0), None));
     }
 
     #[test]
