@@ -104,7 +104,7 @@ fn measure(bytes: usize, offloads: bool, to_guest: bool) -> Result<f64, Box<dyn 
             moved += socket.recv(|b| (b.len(), b.len()))?;
         }
         if !to_guest && socket.can_send() {
-            moved = socket.send_slice(&block)?;
+            moved = socket.send_slice(&block[..block.len().min(bytes - done)])?;
         }
         done += moved;
         if moved == 0 {
