@@ -8,7 +8,8 @@ use std::process::Command;
 
 use vmm::api::client;
 
-use crate::disks::{Images, text};
+use crate::disks::{Images, check_file_system, file_system, text};
+use crate::linux::Linux;
 use crate::support::report::finish;
 use crate::support::{BareMetal, Ended, Kvm, Report, Vmm, test_guest};
 
@@ -134,6 +135,21 @@ fn what_a_guest_writes_is_in_the_image() {
     // Without the other process.
     let disk = format!("path={},readonly=on", text(&path));
     guest(kvm, &disk, "blk_seed=31", &["virtio_blk_verify"]);
+}
+
+#[test]
+fn linux_reads_and_writes_a_file_system() {
+    let Some(kvm) = Kvm::here() else { return };
+    let images = Images::new();
+    let raw = file_system(&images);
+    let daemon = Daemon::new(&raw, "writable=on,num-queues=2");
+    Linux::new(kvm)
+        .cpus(2)
+        .memory_option("size=128M,shared=on")
+        .disk(daemon.disk(",num_queues=2"))
+        .run("disk");
+    drop(daemon);
+    check_file_system(&images, &raw);
 }
 
 #[test]

@@ -3,23 +3,30 @@
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 
+use proptest::prelude::*;
+
 use super::*;
 
-/// What a script says to a front end that connects.
+/// What the front end finds wrong with a script that speaks to it.
 fn scripted(script: impl FnOnce(UnixStream) + Send + 'static) -> String {
+    outcome(script).expect_err("the back end is taken")
+}
+
+fn outcome(script: impl FnOnce(UnixStream) + Send + 'static) -> Result<(), String> {
     let dir = tempfile::tempdir().unwrap();
     let socket = dir.path().join("s");
     let listener = UnixListener::bind(&socket).unwrap();
     let thread = std::thread::spawn(move || script(listener.accept().unwrap().0));
     let (config, _) = config(&socket, 1);
-    let error = VhostUserBlock::<TestMemory>::new(config, false).err();
+    let made = VhostUserBlock::<TestMemory>::new(config, false);
+    let error = made.map(drop).err();
     thread.join().unwrap();
-    let error = error.unwrap();
+    let Some(error) = error else { return Ok(()) };
     let mut text = error.to_string().replace(socket.to_str().unwrap(), "S");
     if let Some(source) = std::error::Error::source(&error) {
         text += &format!(": {source}");
     }
-    text
+    Err(text)
 }
 
 fn message(request: u32, flags: u32, payload: &[u8]) -> Vec<u8> {
@@ -203,5 +210,46 @@ fn it_lies_about_how_far_it_is() {
         guest.reset();
         guest.start(u64::MAX);
         assert_eq!(guest.ask(0, &read(2, 512))[..512], [3; 512]);
+    }
+}
+
+/// An answer to some request, more or less.
+fn answer() -> impl Strategy<Value = Vec<u8>> {
+    // Requests that have answers, and any other.
+    let request =
+        prop_oneof![4 => prop::sample::select(vec![1_u32, 15, 17, 24]), 1 => any::<u32>()];
+    let flags = prop_oneof![8 => Just(REPLY), 1 => any::<u32>()];
+    let features = VERSION_1 | connection::PROTOCOL_FEATURES;
+    let word = any::<u64>().prop_map(move |word| (word | features).to_ne_bytes().to_vec());
+    // Offset 0, 60 bytes, no flags.
+    let space = any::<[u8; 32]>()
+        .prop_map(|space| [&[0, 0, 0, 0, 60, 0, 0, 0, 0, 0, 0, 0][..], &space, &[0; 28]].concat());
+    let payload =
+        prop_oneof![4 => word, 2 => space, 1 => prop::collection::vec(any::<u8>(), 0..80)];
+    let size = prop::option::weighted(0.1, any::<u32>());
+    (request, flags, payload, size).prop_map(|(request, flags, payload, size)| {
+        let mut bytes = message(request, flags, &payload);
+        if let Some(size) = size {
+            bytes[8..12].copy_from_slice(&size.to_ne_bytes());
+        }
+        bytes
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(256))]
+
+    /// Nothing that a back end says takes the front end down, or makes it wait for more.
+    #[test]
+    fn it_says_anything(answers in prop::collection::vec(answer(), 0..8)) {
+        let outcome = outcome(move |mut stream| {
+            // The other side may have heard enough.
+            let _ = stream.write_all(&answers.concat());
+            let _ = stream.shutdown(std::net::Shutdown::Write);
+            let _ = stream.read_to_end(&mut Vec::new());
+        });
+        if let Err(text) = outcome {
+            prop_assert!(text.starts_with(r#"the vhost-user back end at "S""#), "{text}");
+        }
     }
 }
