@@ -3,10 +3,11 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use block_util::{Engine, RateLimiter, RateLimiterError};
-use virtio_devices::vhost_user::{VhostUserBlock, VhostUserConfig};
+use virtio_devices::vhost_user::{VhostUserBlock, VhostUserConfig, VhostUserError};
 use virtio_devices::{Block, BlockConfig, BlockControl, SERIAL_LEN};
 use vm_virtio::Spawn;
 
@@ -17,6 +18,8 @@ use crate::disk;
 const OPTION: &str = "--disk";
 /// How long a back end may take to start a disk or to stop it, with what is in flight.
 const PATIENCE: Duration = Duration::from_secs(20);
+/// How often the log says that a disk's back end is lost.
+const MOST_LOSSES: u64 = 32;
 
 /// Makes the disks, and gives what changes them, by id.
 pub(super) fn add(
@@ -51,6 +54,15 @@ fn vhost_user(
     spawn: &Spawn,
 ) -> Result<VhostUserBlock<Memory>, DeviceError> {
     let name = id.to_owned();
+    let losses = AtomicU64::new(0);
+    let lost = move |why: &VhostUserError| {
+        // A guest can have the back end close its connection as often as it likes.
+        let level = match losses.fetch_add(1, Ordering::Relaxed) {
+            0..MOST_LOSSES => log::Level::Error,
+            _ => log::Level::Debug,
+        };
+        log::log!(level, "disk {name:?}: {}", crate::error_chain(why));
+    };
     let back_end = VhostUserConfig {
         id: id.to_owned(),
         socket: socket.to_owned(),
@@ -58,7 +70,7 @@ fn vhost_user(
         queue_size: config.queue_size,
         patience: PATIENCE,
         spawn: spawn.clone(),
-        lost: Arc::new(move |why| log::error!("disk {name:?}: {}", crate::error_chain(why))),
+        lost: Arc::new(lost),
     };
     VhostUserBlock::new(back_end, config.readonly).map_err(DeviceError::option(OPTION))
 }
