@@ -67,8 +67,8 @@ struct Held {
 /// What reading many packets together takes.
 struct Burst {
     batch: ReceiveBatch,
-    /// What of each packet goes past its buffer. Where nothing does, no memory is in use.
-    past: Vec<Box<[u8]>>,
+    /// What of each packet goes past its buffer, [`MAX_PACKET_LEN`] bytes for each. Where nothing does, the kernel has given it no memory.
+    past: Box<[u8]>,
     /// A buffer, and memory past it, for each.
     places: Pieces,
     /// Where those of each end.
@@ -84,7 +84,7 @@ impl Burst {
             .ok()?;
         Some(Self {
             batch,
-            past: Vec::new(),
+            past: vec![0; BURST * MAX_PACKET_LEN].into(),
             places: Pieces::default(),
             ends: Vec::with_capacity(BURST),
             results: Vec::with_capacity(BURST),
@@ -348,11 +348,8 @@ impl Receiver {
         burst.places.clear();
         burst.ends.clear();
         burst.results.clear();
-        while burst.past.len() < self.held.len().min(BURST) {
-            burst.past.push(vec![0; MAX_PACKET_LEN].into());
-        }
         let mut start = 0;
-        for (held, past) in self.held.iter().zip(&mut burst.past) {
+        for (held, past) in self.held.iter().zip(burst.past.chunks_mut(MAX_PACKET_LEN)) {
             let own = self.pieces.as_slice().get(start..start + held.pieces);
             start += held.pieces;
             burst.places.copy(own.unwrap_or_default());
@@ -390,7 +387,12 @@ impl Receiver {
         let mut straight = true;
         let mut given = 0;
         self.used.clear();
-        for (number, (result, past)) in burst.results.iter().zip(&burst.past).enumerate() {
+        for (number, (result, past)) in burst
+            .results
+            .iter()
+            .zip(burst.past.chunks(MAX_PACKET_LEN))
+            .enumerate()
+        {
             let Some(held) = self.held.get(number) else {
                 break;
             };
