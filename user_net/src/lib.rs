@@ -36,7 +36,11 @@
 //! | all others | what the host reaches there; the host's own other addresses are among them, as for its neighbours |
 //!
 //! The guest may be hostile. Connections, flows and what they hold are bounded: see [`MAX_CONNECTIONS`] and [`MAX_FLOWS`]. A
-//! packet that makes no sense is dropped. Not here: IPv6, and IP protocols other than TCP, UDP and ICMP echo.
+//! packet that makes no sense is dropped. What one side sends waits in that side's own kernel until the other takes it.
+//!
+//! Not here: IPv6, nameservers that have only IPv6 addresses, IP protocols other than TCP, UDP and ICMP echo, datagrams of the guest
+//! that come in fragments (to the guest they go in fragments), errors of ICMP from outside. Connections are no state to be saved: a
+//! guest that is restored elsewhere finds them reset.
 
 mod config;
 mod connection;

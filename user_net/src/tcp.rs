@@ -23,6 +23,7 @@ use crate::policy::Target;
 use crate::shared::{Shared, Token};
 
 /// Connections at a time, in both directions together; fewer where the process may have few descriptors: a quarter of them.
+/// Each holds at most 512 KiB, once it is open.
 ///
 /// When there are as many, a new one takes the place of one that has ended and only waits for late packets, or of the one that
 /// was idle longest, if that is five minutes. Else it is refused; clients of forwards wait in the listener's queue.
