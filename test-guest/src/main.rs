@@ -15,6 +15,7 @@ mod boot;
 mod clock;
 mod cpu;
 mod dma;
+mod ipv4;
 mod map;
 mod mem;
 mod outcome;

@@ -57,7 +57,7 @@ fn linux_uses_every_device_at_once() {
         .net("tap=,mac=2e:89:a8:e4:92:02")
         .memory_option("size=128M,hotplug_method=virtio-mem,hotplug_size=128M")
         .option("--console", format!("file={}", console.display()))
-        .option("--rng", "src=/dev/urandom")
+        .option("--rng", "src=/dev/urandom,iommu=on")
         .option(
             "--vsock",
             format!("cid=42,socket={}", dir.join("vsock").display()),
@@ -82,7 +82,7 @@ fn linux_uses_every_device_at_once() {
         fine,
         [
             "pci", "serial", "console", "disk", "net", "rng", "vsock", "balloon", "mem", "pmem",
-            "pvpanic", "watchdog"
+            "pvpanic", "watchdog", "iommu"
         ]
     );
     for line in [
@@ -90,6 +90,7 @@ fn linux_uses_every_device_at_once() {
         "net OK 2e:89:a8:e4:92:02",
         "vsock OK read by the host",
         "pmem OK 8192 sectors",
+        "iommu OK virtio_rng",
     ] {
         assert!(lines.contains(&line), "no {line:?}");
     }

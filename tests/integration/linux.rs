@@ -20,6 +20,8 @@ pub struct Linux {
     disk: Option<String>,
     /// In a network namespace of its own, with this value of `--net`.
     net: Option<&'static str>,
+    /// In a network namespace with this address, and without capabilities.
+    confined: Option<&'static str>,
     /// Another VMM than the usual one.
     program: Option<PathBuf>,
     /// Another initramfs than the usual one.
@@ -45,6 +47,7 @@ impl Linux {
             patience: Duration::from_secs(580),
             disk: None,
             net: None,
+            confined: None,
             program: None,
             initramfs: None,
             options: Vec::new(),
@@ -131,11 +134,21 @@ impl Linux {
             Some(disk) => builder.option("--disk", disk),
             None => builder,
         };
+        let builder = match self.confined {
+            Some(address) => builder.confined(address),
+            None => builder,
+        };
         match self.net {
             Some(net) => builder.option("--net", net).own_network(),
             None => builder,
         }
         .start()
+    }
+
+    /// In a network namespace of its own in which `address` is the host's, and without any capability.
+    pub fn confined(mut self, address: &'static str) -> Self {
+        self.confined = Some(address);
+        self
     }
 
     /// With this value of `--net`, in a network namespace of its own.

@@ -22,6 +22,7 @@ mod root_disk;
 mod support;
 mod terminal;
 mod traffic;
+mod user_net;
 mod vhost_user;
 mod vsock;
 mod watchdog;

@@ -1,7 +1,7 @@
 //! Network devices, in a network namespace of their own: a Linux guest and a server at the host's end of the tap; the bare-metal guest
 //! and a peer that sends every frame back.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -14,26 +14,35 @@ use crate::support::{BareMetal, Kvm, Vmm, test_guest};
 /// The host's end.
 const HOST: &str = "192.168.249.1";
 
-/// Moves this thread, and what it opens, into the network namespace of process `pid`.
+/// Moves this thread, and what it opens, into the network namespace of process `pid`, as soon as that has one of its own.
 #[allow(unsafe_code)]
-fn enter_network_of(pid: u32) {
+pub fn enter_network_of(pid: u32) {
+    let of = |process: &str| fs::read_link(format!("/proc/{process}/ns/net")).unwrap();
+    while of(&pid.to_string()) == of("self") {
+        thread::yield_now();
+    }
     let namespace = File::open(format!("/proc/{pid}/ns/net")).unwrap();
     // SAFETY: setns changes the namespace of this thread alone; the descriptor is open.
     let result = unsafe { libc::setns(namespace.as_raw_fd(), libc::CLONE_NEWNET) };
     assert_eq!(result, 0, "setns: {}", io::Error::last_os_error());
 }
 
+/// Listens in that namespace, as soon as `address` is there.
+pub fn listen_at(pid: u32, address: &str, port: u16) -> TcpListener {
+    enter_network_of(pid);
+    // Where there are no addresses at all, Linux lets programs have any.
+    while !fs::read_to_string("/proc/thread-self/net/fib_trie")
+        .unwrap()
+        .contains(address)
+    {
+        thread::yield_now();
+    }
+    TcpListener::bind((address, port)).unwrap_or_else(|e| panic!("{address}:{port}: {e}"))
+}
+
 /// Listens at the host's end as soon as the VMM has made it.
 pub fn listen(pid: u32, port: u16) -> TcpListener {
-    loop {
-        // Until the VMM runs in its own namespace, this enters that of the test.
-        enter_network_of(pid);
-        match TcpListener::bind((HOST, port)) {
-            Ok(listener) => return listener,
-            Err(e) if e.kind() == io::ErrorKind::AddrNotAvailable => thread::yield_now(),
-            Err(e) => panic!("port {port}: {e}"),
-        }
-    }
+    listen_at(pid, HOST, port)
 }
 
 fn accept(listener: &TcpListener) -> TcpStream {
@@ -42,7 +51,7 @@ fn accept(listener: &TcpListener) -> TcpStream {
 
 fn sha256(bytes: &[u8], name: &str) -> Vec<u8> {
     let dir = tempfile::tempdir().unwrap();
-    std::fs::write(dir.path().join(name), bytes).unwrap();
+    fs::write(dir.path().join(name), bytes).unwrap();
     let sum = std::process::Command::new("sha256sum")
         .arg(name)
         .current_dir(dir.path())
@@ -87,7 +96,7 @@ fn talk(linux: &Linux) {
     let line = "CH-NET: mtu 1500 mac 2e:89:a8:e4:92:00";
     assert!(ended.out.lines().any(|l| l == line), "no {line:?}");
     let received = server.join().unwrap();
-    let archive = std::fs::read(crate::support::asset("initramfs.cpio")).unwrap();
+    let archive = fs::read(crate::support::asset("initramfs.cpio")).unwrap();
     // The guest sent its busybox, which the initramfs holds as it is.
     assert!(received.len() > 1 << 20, "{} bytes", received.len());
     assert!(

@@ -3,23 +3,31 @@
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream, UdpSocket};
+use std::os::fd::AsRawFd;
 use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
 use crate::linux::Linux;
-use crate::net::listen;
+use crate::net::{enter_network_of, listen};
+use crate::support::report::finish;
 use crate::support::sniffer::{Frame, Sniffer};
-use crate::support::{Kvm, initramfs};
+use crate::support::{BareMetal, Kvm, initramfs};
 
 const HOST: &str = "192.168.249.1";
 const GUEST: &str = "192.168.249.2";
+const HOST6: &str = "fd00:249::1";
+const GUEST6: &str = "fd00:249::2";
+/// Whatever comes, over IPv4 or IPv6.
+const ANY: &str = "::";
 const TAP: &str = "vmtap0";
 const TCP: u8 = 6;
 const UDP: u8 = 17;
-/// Linux uses as many pairs of queues as it has processors. With more than two it sends IPIs to several at once by a hypercall,
-/// which on a KVM that emulates kernel code is repeated for ever.
-const CPUS: u64 = 2;
+const IPV6_FRAGMENT: u8 = 44;
+/// Linux uses as many pairs of queues as it has processors.
+const CPUS: u64 = 4;
+/// How long the guest may say nothing.
+pub const PATIENCE: Duration = Duration::from_secs(120);
 /// Bytes each way in a stream.
 const STREAM: usize = 1 << 20;
 /// Bytes of a frame as long as the MTU of the test allows, which is 9000.
@@ -28,7 +36,7 @@ const FULL: usize = 9014;
 const DATAGRAMS: [usize; 5] = [1, 100, 1472, 8972, 30_000];
 
 /// The bytes of stream or datagram `seed`.
-fn pattern(seed: u32, len: usize) -> Vec<u8> {
+pub fn pattern(seed: u32, len: usize) -> Vec<u8> {
     let mut x = seed.wrapping_mul(2_654_435_761) | 1;
     let words = std::iter::from_fn(|| {
         x ^= x << 13;
@@ -39,12 +47,25 @@ fn pattern(seed: u32, len: usize) -> Vec<u8> {
     words.flatten().take(len).collect()
 }
 
-fn accept(listener: &TcpListener) -> TcpStream {
-    listener.accept().unwrap().0
+/// Waits for a connection, and a guest that has failed is not waited for.
+#[allow(unsafe_code)]
+pub fn accept(listener: &TcpListener) -> TcpStream {
+    let mut poll = libc::pollfd {
+        fd: listener.as_raw_fd(),
+        events: libc::POLLIN,
+        revents: 0,
+    };
+    let patience = i32::try_from(PATIENCE.as_millis()).unwrap();
+    // SAFETY: one pollfd of ours.
+    let ready = unsafe { libc::poll(&raw mut poll, 1, patience) };
+    assert_eq!(ready, 1, "nobody connects");
+    let stream = listener.accept().unwrap().0;
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    stream
 }
 
 /// Sends the bytes of stream `id + 100` while those of `id` come.
-fn both_ways(mut stream: TcpStream, id: u32) {
+pub fn both_ways(mut stream: TcpStream, id: u32) {
     thread::scope(|scope| {
         let mut sender = stream.try_clone().unwrap();
         scope.spawn(move || {
@@ -64,6 +85,7 @@ fn four_streams() {
         for id in 0..4u8 {
             scope.spawn(move || {
                 let mut stream = TcpStream::connect((GUEST, 7000)).unwrap();
+                stream.set_read_timeout(Some(PATIENCE)).unwrap();
                 stream.write_all(&[id]).unwrap();
                 both_ways(stream, id.into());
             });
@@ -82,13 +104,13 @@ fn echo(socket: &UdpSocket) {
     }
 }
 
-/// Datagrams to the guest, which sends each back, and an empty one as the last. One that gets lost is sent again.
-fn datagrams(socket: &UdpSocket) {
+/// Datagrams to `guest`, which sends each back, and an empty one as the last. One that gets lost is sent again.
+fn datagrams(socket: &UdpSocket, guest: &str) {
     let mut buffer = vec![0; 1 << 16];
     for (seed, size) in (300..).zip(DATAGRAMS.into_iter().chain([0])) {
         let bytes = pattern(seed, size);
         loop {
-            socket.send_to(&bytes, (GUEST, 7001)).unwrap();
+            socket.send_to(&bytes, (guest, 7001)).unwrap();
             match socket.recv(&mut buffer) {
                 Ok(count) if buffer[..count] == bytes => break,
                 // What was sent twice comes back twice.
@@ -99,23 +121,74 @@ fn datagrams(socket: &UdpSocket) {
     }
 }
 
-/// The tap goes up or down.
-fn set_tap(state: &str) {
+/// A socket for datagrams to the guest, over IPv4 or IPv6.
+fn client(host: &str) -> UdpSocket {
+    let client = UdpSocket::bind((host, 0)).unwrap();
+    let patience = Some(Duration::from_secs(5));
+    client.set_read_timeout(patience).unwrap();
+    client
+}
+
+/// Runs `ip` with these words.
+fn ip(words: &[&str]) {
     let output = Command::new("ip")
-        .args(["link", "set", TAP, state])
+        .args(words)
         .output()
         .unwrap_or_else(|e| panic!("ip: {e}; the package iproute2 has it"));
     assert!(output.status.success(), "{output:?}");
 }
 
-/// The longest frames of a protocol: from the guest, and to it.
-fn longest(frames: &[Frame], protocol: u8) -> [usize; 2] {
-    [false, true].map(|outgoing| {
+/// The tap goes up or down.
+fn set_tap(state: &str) {
+    ip(&["link", "set", TAP, state]);
+}
+
+/// The longest frames of a protocol over a version of IP: from the guest, and to it.
+fn longest(frames: &[Frame], version: u8, protocol: u8) -> [usize; 2] {
+    let longest = [false, true].map(|outgoing| {
         let all = frames
             .iter()
-            .filter(|f| f.outgoing == outgoing && f.protocol == protocol);
+            .filter(|f| f.outgoing == outgoing && f.version == version && f.protocol == protocol);
         all.map(|f| f.len).max().unwrap_or(0)
-    })
+    });
+    println!(
+        "IPv{version}, protocol {protocol}: frames of up to {longest:?} bytes from the guest, to it"
+    );
+    longest
+}
+
+/// The bare-metal guest leaves it to the host to cut a datagram, which Linux guests do not do any more, and takes it back uncut.
+/// Linux hosts accept that such a guest is there, and since 4.14 cut what they send to it all the same.
+#[test]
+fn a_datagram_that_is_not_cut_goes_out_whole() {
+    let Some(kvm) = Kvm::here() else { return };
+    let tests = ["virtio_net_ufo"];
+    let mut vmm = BareMetal::new(kvm)
+        .builder(&tests)
+        .option(
+            "--net",
+            "tap=vmtap0,mac=2e:89:a8:e4:92:04,host_mac=02:00:00:00:00:01",
+        )
+        .own_network()
+        .start();
+    vmm.wait_for("READY virtio_net_ufo");
+    enter_network_of(vmm.pid());
+    let neighbor = [GUEST, "lladdr", "2e:89:a8:e4:92:04", "dev", TAP];
+    ip(&[&["neighbor", "add"], &neighbor[..]].concat());
+    let socket = UdpSocket::bind((HOST, 5002)).unwrap();
+    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    let sniffer = Sniffer::new(TAP);
+    vmm.send("\n");
+    let mut buffer = vec![0; 1 << 16];
+    let (size, from) = socket.recv_from(&mut buffer).unwrap();
+    assert_eq!((size, from.to_string()), (20_000, format!("{GUEST}:5003")));
+    let data = (0..20_000u32).map(|i| ((i * 7) >> (i & 3)) as u8);
+    assert!(data.eq(buffer[..size].iter().copied()));
+    // With Ethernet, IPv4 and UDP, in one frame.
+    assert_eq!(longest(&sniffer.frames(), 4, UDP)[0], 14 + 20 + 8 + 20_000);
+    socket.send_to(&buffer[..size], from).unwrap();
+    let report = finish(vmm.wait(), &tests);
+    println!("it went back in {} frames", report.number("net_ufo_parts"));
 }
 
 /// Everything in one boot.
@@ -133,11 +206,12 @@ fn linux_moves_streams_and_datagrams_through_several_queues() {
         .start("ch.test=traffic");
     // From here on, this thread and its children are at the tap.
     let control = listen(vmm.pid(), 5000);
-    let streams = TcpListener::bind((HOST, 5001)).unwrap();
-    let server = UdpSocket::bind((HOST, 5002)).unwrap();
-    let client = UdpSocket::bind((HOST, 0)).unwrap();
-    let patience = Some(Duration::from_secs(5));
-    client.set_read_timeout(patience).unwrap();
+    let prefix = format!("{HOST6}/64");
+    ip(&["address", "add", &prefix, "dev", TAP, "nodad"]);
+    let streams = TcpListener::bind((ANY, 5001)).unwrap();
+    let server = UdpSocket::bind((ANY, 5002)).unwrap();
+    server.set_read_timeout(Some(PATIENCE)).unwrap();
+    let (client4, client6) = (client(HOST), client(HOST6));
     vmm.wait_for("CH-NET: pinged");
 
     let sniffer = Sniffer::new(TAP);
@@ -145,19 +219,28 @@ fn linux_moves_streams_and_datagrams_through_several_queues() {
     four_streams();
     both_ways(accept(&streams), 10);
     vmm.wait_for("CH-NET: stream to the host");
+    both_ways(accept(&streams), 20);
+    vmm.wait_for("CH-NET: stream over IPv6");
     // Each side sends segments longer than the MTU allows, for the other to cut.
-    let [from_guest, to_guest] = longest(&sniffer.frames(), TCP);
-    println!("TCP in frames of up to {from_guest} bytes from the guest, {to_guest} to it");
-    assert!(from_guest > FULL && to_guest > FULL);
+    let frames = sniffer.frames();
+    for version in [4, 6] {
+        let [from_guest, to_guest] = longest(&frames, version, TCP);
+        assert!(from_guest > FULL && to_guest > FULL);
+    }
 
     let sniffer = Sniffer::new(TAP);
-    echo(&server);
-    vmm.wait_for("CH-NET: datagrams to the host");
-    datagrams(&client);
-    vmm.wait_for("CH-NET: datagrams from the host");
-    let [from_guest, to_guest] = longest(&sniffer.frames(), UDP);
-    println!("UDP in frames of up to {from_guest} bytes from the guest, {to_guest} to it");
-    assert!(from_guest >= FULL && to_guest >= FULL);
+    for (client, guest) in [(&client4, GUEST), (&client6, GUEST6)] {
+        echo(&server);
+        vmm.wait_for("CH-NET: datagrams to the host");
+        datagrams(client, guest);
+        vmm.wait_for("CH-NET: datagrams from the host");
+    }
+    // A part of an IPv6 packet has the protocol of parts, and the longest datagram of one packet over IPv4 is in parts.
+    let frames = sniffer.frames();
+    for (version, protocol) in [(4, UDP), (6, IPV6_FRAGMENT)] {
+        let [from_guest, to_guest] = longest(&frames, version, protocol);
+        assert!(from_guest >= FULL && to_guest >= FULL);
+    }
 
     vmm.wait_for("CH-NET: take the link away");
     server.set_nonblocking(true).unwrap();
@@ -185,8 +268,8 @@ fn linux_moves_streams_and_datagrams_through_several_queues() {
         .lines()
         .filter_map(|l| l.strip_prefix("CH-NET: "))
         .collect();
-    assert!(said.contains(&"mtu 9000 queues 4"), "{said:?}");
-    // Each pair that is used has received: the threads of the four streams were on both processors.
+    assert!(said.contains(&"mtu 9000 queues 8"), "{said:?}");
+    // Each pair that is used has received: the threads of the four streams were on all processors.
     let busy = said
         .iter()
         .filter(|l| l.starts_with("interrupts ") && !l.ends_with(" 0"));

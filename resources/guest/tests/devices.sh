@@ -116,8 +116,17 @@ check_watchdog() {
     return 1
 }
 
+# The devices behind it, by their drivers.
+check_iommu() {
+    bound virtio_iommu >/dev/null || return
+    for driver in /sys/kernel/iommu_groups/*/devices/*/virtio*/driver; do
+        driver=$(readlink "$driver") || return
+        echo "${driver##*/}"
+    done
+}
+
 failed=0
-for device in pci serial console disk net rng vsock balloon mem pmem pvpanic watchdog; do
+for device in pci serial console disk net rng vsock balloon mem pmem pvpanic watchdog iommu; do
     check $device
 done
 exit $failed

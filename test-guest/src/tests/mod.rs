@@ -3,6 +3,7 @@
 mod acpi;
 mod api;
 mod boot;
+mod firmware;
 mod insn;
 mod irq;
 mod pattern;
@@ -19,6 +20,8 @@ mod virtio_iommu;
 mod virtio_mem;
 mod virtio_mmio;
 mod virtio_net;
+mod virtio_net_ufo;
+mod virtio_net_user;
 mod virtio_pmem;
 mod virtio_reset;
 mod virtio_rng;
@@ -36,6 +39,7 @@ type Test = (&'static str, fn() -> Outcome);
 
 const TESTS: &[Test] = &[
     ("boot", boot::boot),
+    ("firmware", firmware::firmware),
     ("memory", boot::memory),
     ("initramfs", boot::initramfs),
     ("acpi", acpi::acpi),
@@ -83,6 +87,8 @@ const TESTS: &[Test] = &[
     ("virtio_watchdog", virtio_watchdog::watchdog),
     ("virtio_watchdog_silence", virtio_watchdog::silence),
     ("virtio_net", virtio_net::net),
+    ("virtio_net_ufo", virtio_net_ufo::ufo),
+    ("virtio_net_user", virtio_net_user::user),
     ("virtio_mmio_rng", virtio_mmio::rng),
     ("virtio_mmio_blk", virtio_mmio::blk),
     ("bench_blk", bench::blk::run),

@@ -18,12 +18,18 @@ pub const BUFFER: u64 = 2048;
 
 /// Feature: the device completes checksums.
 pub const F_CSUM: u64 = 1 << 0;
+/// Feature: the driver takes packets whose checksums are not complete.
+pub const F_GUEST_CSUM: u64 = 1 << 1;
 /// Feature: the MTU is told.
 pub const F_MTU: u64 = 1 << 3;
 /// Feature: the address is told.
 pub const F_MAC: u64 = 1 << 5;
+/// Feature: the driver takes datagrams that are not cut into fragments.
+pub const F_GUEST_UFO: u64 = 1 << 10;
 /// Feature: the device cuts TCP over IPv4 into segments.
 pub const F_HOST_TSO4: u64 = 1 << 11;
+/// Feature: the device cuts datagrams into fragments.
+pub const F_HOST_UFO: u64 = 1 << 14;
 /// Feature: a packet may come in several buffers.
 pub const F_MRG_RXBUF: u64 = 1 << 15;
 /// Feature: the link's state is told.
@@ -194,6 +200,29 @@ impl Net {
             total += length;
         }
         Ok(Some((total, count)))
+    }
+
+    /// Takes the next packet of a pair without its header to `to`, where there are `room` bytes, and gives the buffers back; its length,
+    /// and the buffers it was in. What has no room there is cut off.
+    pub fn take_into(&mut self, pair: usize, to: u64, room: u64) -> Outcome<Option<(u64, u16)>> {
+        let mut end = 0;
+        let packet = self.next(pair, |from, length| {
+            let length = length.min(room - end);
+            // SAFETY: both are memory for devices of ours, of this length or more.
+            unsafe {
+                core::ptr::copy_nonoverlapping(
+                    from as *const u8,
+                    (to + end) as *mut u8,
+                    length as usize,
+                );
+            }
+            end += length;
+        })?;
+        self.refill(pair)?;
+        if let Some((length, _)) = packet {
+            ensure("nothing of a packet is missing", end == length.min(room))?;
+        }
+        Ok(packet)
     }
 
     /// Sends what lies at an address, header first, without telling the device; false when there is no room.

@@ -1,48 +1,29 @@
 //! A program for the Linux guest: its side of `tests/integration/traffic.rs`, which builds it, packs it into the initramfs as
 //! `/tests/traffic`, and is its peer. Says lines `CH-NET: ...`; ends with 0 if all works.
 
+mod common;
+
 use std::fs;
 use std::io::{self, BufRead, ErrorKind, Read, Write};
-use std::net::{Shutdown, TcpListener, TcpStream, UdpSocket};
-use std::process::Command;
+use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::thread;
 use std::time::Duration;
 
+use common::{Result, both_ways, busybox, pattern};
+
 const GUEST: &str = "192.168.249.2";
 const HOST: &str = "192.168.249.1";
+const GUEST6: &str = "fd00:249::2";
+const HOST6: &str = "fd00:249::1";
+/// Whatever comes, over IPv4 or IPv6.
+const ANY: &str = "::";
 /// Processors of the guest.
-const CPUS: u32 = 2;
-/// Bytes each way in a stream.
-const STREAM: usize = 1 << 20;
+const CPUS: u32 = 4;
 /// Bytes of the datagrams that go to the host and come back.
 const DATAGRAMS: [usize; 5] = [1, 100, 1472, 8972, 30_000];
 
 unsafe extern "C" {
     fn sched_setaffinity(pid: i32, size: usize, mask: *const u64) -> i32;
-}
-
-type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
-
-/// The bytes of stream or datagram `seed`: the host knows them as well.
-fn pattern(seed: u32, len: usize) -> Vec<u8> {
-    let mut x = seed.wrapping_mul(2_654_435_761) | 1;
-    let words = std::iter::from_fn(|| {
-        x ^= x << 13;
-        x ^= x >> 17;
-        x ^= x << 5;
-        Some(x.to_le_bytes())
-    });
-    words.flatten().take(len).collect()
-}
-
-/// Runs a command of busybox to its good end.
-fn busybox(words: &[&str]) -> Result<()> {
-    let output = Command::new("/bin/busybox").args(words).output()?;
-    if output.status.success() {
-        Ok(())
-    } else {
-        Err(format!("{words:?}: {output:?}").into())
-    }
 }
 
 /// This thread stays on one processor, so that it uses the queues that belong to it.
@@ -53,22 +34,6 @@ fn stay_on(cpu: u32) -> io::Result<()> {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }
-}
-
-/// Sends the bytes of stream `id` while those of `id + 100` come.
-fn both_ways(mut stream: TcpStream, id: u32) -> Result<()> {
-    let mut sender = stream.try_clone()?;
-    let sending = thread::spawn(move || -> io::Result<()> {
-        sender.write_all(&pattern(id, STREAM))?;
-        sender.shutdown(Shutdown::Write)
-    });
-    let mut got = Vec::with_capacity(STREAM);
-    stream.read_to_end(&mut got)?;
-    sending.join().expect("it does not panic")?;
-    if got != pattern(id + 100, STREAM) {
-        return Err(format!("stream {id}: {} bytes, and not those", got.len()).into());
-    }
-    Ok(())
 }
 
 /// The host has connected four times and says which stream each is; each is served on a processor of its own.
@@ -133,17 +98,27 @@ fn said_at_the_console(wanted: &str) -> Result<()> {
     }
 }
 
+/// A socket for datagrams to the host, over IPv4 or IPv6.
+fn client(guest: &str, host: &str) -> Result<UdpSocket> {
+    let client = UdpSocket::bind((guest, 0))?;
+    client.set_read_timeout(Some(Duration::from_secs(5)))?;
+    client.connect((host, 5002))?;
+    Ok(client)
+}
+
 fn run() -> Result<()> {
+    // An address is good at once, without a look for others that have it.
+    fs::write("/proc/sys/net/ipv6/conf/eth0/accept_dad", "0")?;
     busybox(&["ifconfig", "eth0", GUEST, "netmask", "255.255.255.0", "up"])?;
+    busybox(&["ifconfig", "eth0", "add", &format!("{GUEST6}/64")])?;
     let mtu = fs::read_to_string("/sys/class/net/eth0/mtu")?;
     let queues = fs::read_dir("/sys/class/net/eth0/queues")?.count();
     println!("CH-NET: mtu {} queues {queues}", mtu.trim());
 
-    let listener = TcpListener::bind((GUEST, 7000))?;
-    let server = UdpSocket::bind((GUEST, 7001))?;
-    let client = UdpSocket::bind((GUEST, 0))?;
-    client.set_read_timeout(Some(Duration::from_secs(5)))?;
-    client.connect((HOST, 5002))?;
+    let listener = TcpListener::bind((ANY, 7000))?;
+    let server = UdpSocket::bind((ANY, 7001))?;
+    let client4 = client(GUEST, HOST)?;
+    let client6 = client(GUEST6, HOST6)?;
     // Of the largest size that goes in one packet.
     busybox(&["ping", "-c", "2", "-s", "8972", HOST])?;
     println!("CH-NET: pinged");
@@ -153,6 +128,8 @@ fn run() -> Result<()> {
     println!("CH-NET: streams from the host");
     both_ways(TcpStream::connect((HOST, 5001))?, 10)?;
     println!("CH-NET: stream to the host");
+    both_ways(TcpStream::connect((HOST6, 5001))?, 20)?;
+    println!("CH-NET: stream over IPv6");
     for line in fs::read_to_string("/proc/interrupts")?.lines() {
         let mut words = line.split_whitespace().rev();
         if let Some(name) = words.next().filter(|name| name.contains("-input.")) {
@@ -162,15 +139,19 @@ fn run() -> Result<()> {
         }
     }
 
-    datagrams(&client)?;
+    datagrams(&client4)?;
     println!("CH-NET: datagrams to the host");
     echo(&server)?;
     println!("CH-NET: datagrams from the host");
+    datagrams(&client6)?;
+    println!("CH-NET: datagrams to the host over IPv6");
+    echo(&server)?;
+    println!("CH-NET: datagrams from the host over IPv6");
 
     println!("CH-NET: take the link away");
     said_at_the_console("away")?;
     for _ in 0..10 {
-        client.send(b"into the void")?;
+        client4.send(b"into the void")?;
     }
     println!("CH-NET: bring it back");
     said_at_the_console("back")?;
@@ -181,7 +162,7 @@ fn run() -> Result<()> {
         return Err(format!("{answer:?} after the link came back").into());
     }
     both_ways(TcpStream::connect((HOST, 5001))?, 11)?;
-    datagrams(&client)?;
+    datagrams(&client4)?;
     println!("CH-NET: all as before");
     Ok(())
 }

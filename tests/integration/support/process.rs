@@ -17,6 +17,10 @@ use super::files;
 /// How long a guest may take before it counts as hung.
 const PATIENCE: Duration = Duration::from_secs(120);
 
+/// Makes the network of [`Builder::confined`] and starts the VMM in it.
+const CONFINED: &str = "ip link set lo up && ip address add $0 dev lo && \
+                        exec setpriv --bounding-set -all --inh-caps -all -- \"$@\"";
+
 /// Collects the arguments of a VMM.
 pub struct Builder {
     program: std::path::PathBuf,
@@ -24,6 +28,7 @@ pub struct Builder {
     patience: Duration,
     directory: Option<std::path::PathBuf>,
     own_network: bool,
+    confined: Option<&'static str>,
 }
 
 impl Builder {
@@ -62,6 +67,12 @@ impl Builder {
         self
     }
 
+    /// In a network namespace of its own in which `address` is the host's, as 127.0.0.1 is, and without any capability.
+    pub fn confined(mut self, address: &'static str) -> Self {
+        self.confined = Some(address);
+        self
+    }
+
     /// Starts it with pipes.
     pub fn start(self) -> Vmm {
         let mut command = self.command();
@@ -77,7 +88,13 @@ impl Builder {
 
     /// The command, without its standard input and output.
     pub fn command(&self) -> Command {
-        let mut command = if self.own_network {
+        let mut command = if let Some(address) = self.confined {
+            let mut unshare = Command::new("unshare");
+            unshare
+                .args(["--net", "sh", "-c", CONFINED, address])
+                .arg(&self.program);
+            unshare
+        } else if self.own_network {
             let mut unshare = Command::new("unshare");
             unshare.arg("--net").arg(&self.program);
             unshare
@@ -157,6 +174,7 @@ impl Vmm {
             patience: PATIENCE,
             directory: None,
             own_network: false,
+            confined: None,
         }
     }
 

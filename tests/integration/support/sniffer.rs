@@ -9,17 +9,19 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 /// Bytes that wait for [`Sniffer::frames`]; what comes later is lost.
 static ROOM: libc::c_int = 32 << 20;
-/// Ethernet and IPv4 up to the protocol.
+/// Ethernet and IPv4, or IPv6 up to the protocol.
 const HEADERS: usize = 34;
 
 /// Collects the frames of one interface from the moment it is made.
 pub struct Sniffer(OwnedFd);
 
-/// A frame with IPv4 in it.
+/// A frame with IPv4 or IPv6 in it.
 #[derive(Clone, Copy, Debug)]
 pub struct Frame {
     /// It was sent by this host; else it came from the other end.
     pub outgoing: bool,
+    /// 4 or 6.
+    pub version: u8,
     /// The protocol of RFC 790: 1 is ICMP, 6 TCP, 17 UDP.
     pub protocol: u8,
     /// Bytes with the Ethernet header.
@@ -93,13 +95,17 @@ impl Sniffer {
                     _ => panic!("packet socket: {error}"),
                 }
             };
-            if bytes[12..14] == [0x08, 0x00] {
-                frames.push(Frame {
-                    outgoing: address.sll_pkttype == libc::PACKET_OUTGOING,
-                    protocol: bytes[23],
-                    len,
-                });
-            }
+            let (version, protocol) = match bytes[12..14] {
+                [0x08, 0x00] => (4, bytes[23]),
+                [0x86, 0xdd] => (6, bytes[20]),
+                _ => continue,
+            };
+            frames.push(Frame {
+                outgoing: address.sll_pkttype == libc::PACKET_OUTGOING,
+                version,
+                protocol,
+                len,
+            });
         }
     }
 }
