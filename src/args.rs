@@ -47,7 +47,7 @@ pub struct Args {
     pub memory: String,
 
     /// path=FILE, readonly=on|off, direct=on|off (off), num_queues=N (1), queue_size=N (128),
-    /// image_type=raw|qcow2 (found out), backing_files=on|off (off), sparse=on|off (on),
+    /// image_type=raw|qcow2 (found out), backing_files=on|off (off), sparse=on|off (on), poll_queue=on|off (on),
     /// serial=TEXT, queue_affinity=[Q@[CPU,..],..] (host CPUs of a queue's thread), bw_size=S with bw_refill_time=MS and
     /// ops_size=N with ops_refill_time=MS (limits; also bw_one_time_burst, ops_one_time_burst), rate_limit_group=ID,
     /// lock_granularity=byte-range|full (byte-range), iommu=on|off (off), id=NAME; or, for a disk that another process serves,

@@ -115,6 +115,18 @@ pub trait DiskIo: Debug + Send {
     /// makes it unreadable again.
     fn completion_fd(&self) -> BorrowedFd<'_>;
 
+    /// Whether a completion may wait, as far as can be told without a system call. None where it cannot be told, or only by
+    /// [`Self::next_completion`].
+    fn peek(&mut self) -> Option<bool> {
+        None
+    }
+
+    /// Off, the caller looks for completions by itself, and [`Self::completion_fd`] need not be readable while some wait, which saves whoever
+    /// completes requests the making of it. On, as at the start, it is again.
+    fn listen(&mut self, on: bool) {
+        let _ = on;
+    }
+
     /// Blocks until a completion waits, or nothing is in flight. Starts what was submitted.
     ///
     /// # Errors

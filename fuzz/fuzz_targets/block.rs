@@ -227,6 +227,7 @@ impl Subject for Disk<'_> {
                 _ => Engine::Sync,
             },
             affinity: Vec::new(),
+            poll: self.setup.queues % 2 == 0,
         };
         Box::new(Block::new(config, disk).expect("a block device"))
     }

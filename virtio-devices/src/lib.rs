@@ -31,7 +31,7 @@
 //! image.as_file().set_len(1 << 20)?;
 //! let disk = RawDisk::open(image.path(), &RawOptions::default())?;
 //! let block = Block::new(
-//!     BlockConfig { id: "disk0".into(), queues: 1, queue_size: 128, serial: "0001".into(), engine: Engine::Auto, affinity: vec![] },
+//!     BlockConfig { id: "disk0".into(), queues: 1, queue_size: 128, serial: "0001".into(), engine: Engine::Auto, affinity: vec![], poll: true },
 //!     Arc::new(disk),
 //! )?;
 //!

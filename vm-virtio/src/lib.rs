@@ -86,8 +86,8 @@ pub use device::{
 };
 pub use queue::{
     Buffer, Chain, DeviceQueue, Fault, MAX_INDIRECT, Next, Outcome, QueueError, QueueV1, Reader,
-    Slice, Writer,
+    Slice, Taken, Writer,
 };
 pub use state::{DeviceState, Half, QueueAddress, RegistersV1, status};
 pub use vmm_sys_util::epoll::EventSet;
-pub use worker::{Context, QueueHandler, Source, Worker, WorkerError};
+pub use worker::{Context, QueueHandler, Source, Spin, Worker, WorkerError};

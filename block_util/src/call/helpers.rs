@@ -32,6 +32,8 @@ struct State {
     jobs: VecDeque<Job>,
     closing: bool,
     threads: usize,
+    /// Threads that wait for a job.
+    idle: usize,
 }
 
 /// A request, and who hears of its end.
@@ -88,10 +90,19 @@ impl Work {
 
 /// Where a queue finds its completions.
 struct Answers {
-    finished: Mutex<Finished>,
+    inbox: Mutex<Inbox>,
     arrived: Condvar,
-    /// There may be something to take: nobody locks `finished` in vain.
+    /// There may be something to take: nobody locks the inbox in vain.
     attention: AtomicBool,
+}
+
+/// What is done, and how the queue wants to hear of it. It is woken only if it sleeps: each way costs a system call.
+struct Inbox {
+    finished: Finished,
+    /// By the eventfd.
+    listening: bool,
+    /// By `arrived`.
+    waiting: bool,
 }
 
 /// Sends a completion when it is dropped, even by a thread that panics.
@@ -110,14 +121,18 @@ impl Reply {
 
 impl Drop for Reply {
     fn drop(&mut self) {
-        let mut finished = lock(&self.to.finished);
+        let mut inbox = lock(&self.to.inbox);
         if let Some(completion) = self.completion.take() {
-            finished.push(completion);
+            inbox.finished.push(completion);
         }
         self.to.attention.store(true, Ordering::Release);
-        // The counter of an eventfd that is 0 takes a 1.
-        let _ = finished.raise();
-        self.to.arrived.notify_one();
+        if inbox.listening {
+            // The counter of an eventfd that is 0 takes a 1.
+            let _ = inbox.finished.raise();
+        }
+        if inbox.waiting {
+            self.to.arrived.notify_one();
+        }
     }
 }
 
@@ -140,7 +155,9 @@ impl Shared {
             if state.closing {
                 return None;
             }
+            state.idle += 1;
             state = wait(&self.job, state);
+            state.idle -= 1;
         }
     }
 }
@@ -213,11 +230,18 @@ impl Helpers {
         Ok(HelperIo {
             event: finished.event()?,
             answers: Arc::new(Answers {
-                finished: Mutex::new(finished),
+                inbox: Mutex::new(Inbox {
+                    finished,
+                    listening: true,
+                    waiting: false,
+                }),
                 arrived: Condvar::new(),
                 attention: AtomicBool::new(false),
             }),
             helpers: Arc::clone(self),
+            submitted: Vec::with_capacity(depth),
+            listening: true,
+            told: true,
             in_flight: 0,
             depth,
         })
@@ -248,8 +272,28 @@ pub struct HelperIo {
     answers: Arc<Answers>,
     /// The eventfd of `answers`.
     event: EventFd,
+    /// Until the kick.
+    submitted: Vec<Job>,
+    /// Whether the eventfd is to be kept, and whether the inbox knows.
+    listening: bool,
+    told: bool,
     in_flight: usize,
     depth: usize,
+}
+
+impl HelperIo {
+    /// Tells the inbox how to tell of what comes.
+    fn tell(&mut self) {
+        if self.told != self.listening {
+            let mut inbox = lock(&self.answers.inbox);
+            inbox.listening = self.listening;
+            self.told = self.listening;
+            if self.listening {
+                // The counter of an eventfd that is 0 takes a 1.
+                let _ = inbox.finished.raise();
+            }
+        }
+    }
 }
 
 impl DiskIo for HelperIo {
@@ -269,17 +313,30 @@ impl DiskIo for HelperIo {
             },
         };
         self.in_flight += 1;
-        let mut state = lock(&self.helpers.shared.state);
-        if state.threads > 0 {
-            state.jobs.push_back(job);
-            drop(state);
-            self.helpers.shared.job.notify_one();
-        }
-        // Without threads the job is dropped here, which tells its end.
+        self.submitted.push(job);
         Ok(())
     }
 
     fn kick(&mut self) -> io::Result<()> {
+        if self.submitted.is_empty() {
+            return Ok(());
+        }
+        self.tell();
+        let shared = &self.helpers.shared;
+        let mut state = lock(&shared.state);
+        if state.threads == 0 {
+            drop(state);
+            // Dropping a job tells its end.
+            self.submitted.clear();
+            return Ok(());
+        }
+        let wanted = self.submitted.len().min(state.idle);
+        state.jobs.extend(self.submitted.drain(..));
+        drop(state);
+        // Threads that are at work look for more by themselves.
+        for _ in 0..wanted {
+            shared.job.notify_one();
+        }
         Ok(())
     }
 
@@ -287,8 +344,8 @@ impl DiskIo for HelperIo {
         if !self.answers.attention.load(Ordering::Acquire) {
             return None;
         }
-        let mut finished = lock(&self.answers.finished);
-        let next = finished.take();
+        let mut inbox = lock(&self.answers.inbox);
+        let next = inbox.finished.take();
         if next.is_none() {
             self.answers.attention.store(false, Ordering::Release);
         } else {
@@ -297,15 +354,30 @@ impl DiskIo for HelperIo {
         next
     }
 
+    fn peek(&mut self) -> Option<bool> {
+        Some(self.answers.attention.load(Ordering::Acquire))
+    }
+
+    fn listen(&mut self, on: bool) {
+        self.listening = on;
+        // With nothing in flight nothing comes, and the next kick tells.
+        if self.in_flight > 0 {
+            self.tell();
+        }
+    }
+
     fn completion_fd(&self) -> BorrowedFd<'_> {
         crate::raw::borrow(&self.event)
     }
 
     fn wait(&mut self) -> io::Result<()> {
-        let mut finished = lock(&self.answers.finished);
-        while finished.len() == 0 && self.in_flight > 0 {
-            finished = wait(&self.answers.arrived, finished);
+        self.kick()?;
+        let mut inbox = lock(&self.answers.inbox);
+        inbox.waiting = true;
+        while inbox.finished.len() == 0 && self.in_flight > 0 {
+            inbox = wait(&self.answers.arrived, inbox);
         }
+        inbox.waiting = false;
         Ok(())
     }
 

@@ -78,6 +78,7 @@ fn threads_carry_out_what_does_not_wait_for_another() {
         user_data: 1,
     };
     a.submit(stuck).unwrap();
+    a.kick().unwrap();
     b.submit(flush(2)).unwrap();
     b.wait().unwrap();
     assert!(readable(&b) && !readable(&a));
@@ -94,6 +95,40 @@ fn threads_carry_out_what_does_not_wait_for_another() {
     }
     order.sort_unstable();
     assert_eq!(order, [1, 3]);
+}
+
+/// Whoever looks by itself costs nobody the eventfd; who listens again is told of what came meanwhile.
+#[test]
+fn completions_that_nobody_listens_for_are_told_later() {
+    let helpers = Helpers::new("t", 1, &spawn, || |_: &Operation<'_>| Ok(())).unwrap();
+    let queues: [Box<dyn DiskIo>; 2] = [
+        Box::new(helpers.open_io(4).unwrap()),
+        Box::new(CallIo::new(4, |_: &Operation<'_>| Ok(())).unwrap()),
+    ];
+    for mut io in queues {
+        assert_eq!(io.peek(), Some(false));
+        io.listen(false);
+        io.submit(flush(1)).unwrap();
+        io.submit(flush(2)).unwrap();
+        io.kick().unwrap();
+        while io.peek() != Some(true) {
+            std::thread::yield_now();
+        }
+        io.wait().unwrap();
+        assert!(!readable(&*io), "{io:?}");
+        assert!(io.next_completion().is_some());
+        io.listen(true);
+        io.wait().unwrap();
+        assert!(readable(&*io), "{io:?}");
+        assert!(io.next_completion().is_some() && io.next_completion().is_none());
+        assert!(!readable(&*io) && io.in_flight() == 0);
+        // And from now on as at the start.
+        io.submit(flush(3)).unwrap();
+        io.wait().unwrap();
+        io.kick().unwrap();
+        assert!(readable(&*io));
+        assert_eq!(io.next_completion().map(|done| done.user_data), Some(3));
+    }
 }
 
 #[test]

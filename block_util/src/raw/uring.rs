@@ -41,10 +41,11 @@ impl UringIo {
     pub fn new(target: Arc<Target>, depth: usize) -> io::Result<UringIo> {
         let entries =
             u32::try_from(depth).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?;
-        // Without this a completion interrupts the thread that submitted (kernel 5.19).
+        // Without this a completion interrupts the thread that submitted; and that one waits shows in memory (kernel 5.19).
         let ring = IoUring::builder()
             .dontfork()
             .setup_coop_taskrun()
+            .setup_taskrun_flag()
             .build(entries)
             .or_else(|_| IoUring::builder().dontfork().build(entries))?;
         let mut probe = Probe::new();
@@ -199,7 +200,9 @@ impl DiskIo for UringIo {
     fn next_completion(&mut self) -> Option<Completion> {
         loop {
             let Some(answer) = self.ring.completion().next() else {
-                if !self.goes_on || self.enter(0).is_err() {
+                // What goes on, and what the kernel completes as soon as it is called.
+                let call = self.goes_on || self.ring.submission().taskrun();
+                if !call || self.enter(0).is_err() {
                     return None;
                 }
                 self.goes_on = self.queued > 0;
@@ -229,6 +232,10 @@ impl DiskIo for UringIo {
             }
             self.goes_on = true;
         }
+    }
+
+    fn peek(&mut self) -> Option<bool> {
+        Some(self.goes_on || !self.ring.completion().is_empty() || self.ring.submission().taskrun())
     }
 
     fn completion_fd(&self) -> BorrowedFd<'_> {

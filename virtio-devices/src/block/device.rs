@@ -8,7 +8,8 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use vm_memory::GuestAddressSpace;
 use vm_migration::{MigrationError, Section};
 use vm_virtio::{
-    Activation, DeviceError, DeviceMemory, DeviceQueue, VirtioDevice, Worker, read_config_bytes,
+    Activation, DeviceError, DeviceMemory, DeviceQueue, Spin, VirtioDevice, Worker,
+    read_config_bytes,
 };
 
 use super::affinity;
@@ -25,6 +26,7 @@ pub struct Block<M: GuestAddressSpace> {
     ways: Vec<Way>,
     limiter: Option<Arc<RateLimiter>>,
     affinity: Vec<Vec<usize>>,
+    spin: Spin,
     workers: Vec<Worker<Handler<M>>>,
     /// Queues that the driver did not enable, while the device works.
     idle: Vec<DeviceQueue>,
@@ -44,6 +46,7 @@ impl<M: DeviceMemory> Block<M> {
             serial,
             engine,
             affinity,
+            poll,
         } = config;
         if queues == 0 {
             return Err(BlockError::NoQueues(id));
@@ -99,6 +102,7 @@ impl<M: DeviceMemory> Block<M> {
             ways,
             limiter: None,
             affinity,
+            spin: Spin::if_wanted(poll),
             workers: Vec::new(),
             idle: Vec::new(),
         })
@@ -161,6 +165,7 @@ impl<M: DeviceMemory> Block<M> {
                 activation.memory.clone(),
                 self.shared.clone(),
                 always_durable,
+                self.spin.clone(),
             );
             self.workers.push(Worker::start(
                 &name,

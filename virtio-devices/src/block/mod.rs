@@ -41,6 +41,8 @@ pub struct BlockConfig {
     pub engine: Engine,
     /// CPUs of the host that each queue's thread is bound to; none, or no entry, and it may run anywhere.
     pub affinity: Vec<Vec<usize>>,
+    /// A queue's thread looks for more requests for some microseconds before it sleeps, where that pays.
+    pub poll: bool,
 }
 
 /// Why a disk cannot be offered, or cannot change.

@@ -7,6 +7,9 @@
 //!        │                └─ status ─> used ring <── status <── completion
 //!        └──── no more than the queue has entries are in flight ────┘
 //! ```
+//!
+//! Such rounds follow each other while there is something to do, and for a little longer ([`Spin`]). The driver does not notify meanwhile;
+//! only before the worker sleeps it is asked to, and the ring looked at once more.
 #![allow(unsafe_code)]
 
 use std::io;
@@ -20,7 +23,7 @@ use vm_memory::bitmap::Bitmap;
 use vm_memory::{GuestAddressSpace, GuestMemory};
 use vm_virtio::{
     Chain, Context, DeviceMemory, DeviceQueue, EventSet, Fault, Outcome, QueueError, QueueHandler,
-    Source,
+    Source, Spin, Taken,
 };
 
 use super::SERIAL_LEN;
@@ -41,6 +44,20 @@ pub(super) struct Way {
 const COMPLETIONS: u32 = 0;
 const TIMER: u32 = 1;
 
+/// Rounds after which the worker looks whether anybody else wants something, such as that it stops.
+const ROUNDS: u32 = 64;
+
+/// What came of a round.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Round {
+    /// Requests were taken or answered.
+    Busy,
+    /// Nothing was there.
+    Idle,
+    /// The disk takes nothing at the moment: the same again, after others had their turn.
+    Refused,
+}
+
 /// A request in flight.
 struct Slot<M: GuestAddressSpace> {
     chain: Chain,
@@ -59,6 +76,7 @@ pub(super) struct Handler<M: GuestAddressSpace> {
     flight: Flight<M>,
     /// There was no room for a request: the queue is served again when there is.
     starved: bool,
+    spin: Spin,
 }
 
 /// What a request needs beside memory and disk.
@@ -79,6 +97,7 @@ impl<M: DeviceMemory> Handler<M> {
         memory: M,
         shared: Arc<Shared>,
         always_durable: bool,
+        spin: Spin,
     ) -> Self {
         let count = usize::from(queue.size()).min(way.io.depth());
         let slot = |_| Slot {
@@ -98,43 +117,127 @@ impl<M: DeviceMemory> Handler<M> {
                 buffers: Vec::new(),
             },
             starved: false,
+            spin,
         }
     }
 
-    /// Starts what was submitted.
-    fn kick(&mut self, context: &mut Context<'_>) -> Result<(), QueueError> {
-        let Some(way) = &mut self.way else {
-            return Ok(());
+    /// Serves the queue until there is nothing to do and the driver is asked to notify, or others are to have their turn.
+    fn work(&mut self, context: &mut Context<'_>) -> Result<(), QueueError> {
+        self.listen(false);
+        let ended = self.rounds(context);
+        self.listen(true);
+        ended
+    }
+
+    fn rounds(&mut self, context: &mut Context<'_>) -> Result<(), QueueError> {
+        let mut worked = false;
+        for _ in 0..ROUNDS {
+            match self.round(context)? {
+                Round::Busy => worked = true,
+                Round::Refused => break,
+                Round::Idle => {
+                    // Where nothing was done nothing is likely to follow.
+                    if worked && self.spin()? {
+                        continue;
+                    }
+                    let memory = self.memory.memory();
+                    if self.starved || !self.queue.enable_notification(&*memory)? {
+                        return Ok(());
+                    }
+                }
+            }
+        }
+        context.again(self.queue.index());
+        Ok(())
+    }
+
+    /// Takes what is available, starts it, and answers what is done.
+    fn round(&mut self, context: &mut Context<'_>) -> Result<Round, QueueError> {
+        let Self {
+            queue,
+            way: Some(way),
+            memory,
+            flight,
+            starved,
+            ..
+        } = self
+        else {
+            return Ok(Round::Idle);
         };
-        match way.io.kick() {
-            Ok(()) => Ok(()),
+        let mapping = memory.memory();
+        let taken = if *starved {
+            Ok(Taken::Nothing)
+        } else {
+            queue.take(&*mapping, |chain| flight.begin(chain, &mapping, way))
+        };
+        *starved |= matches!(taken, Ok(Taken::Later));
+        // Those before a fault are done all the same.
+        let kicked = match way.io.kick() {
+            Ok(()) => Ok(true),
             Err(error) if is_passing(&error) => {
                 debug!("the disk takes no requests at the moment: {error}");
-                context.again(self.queue.index());
-                Ok(())
+                Ok(false)
             }
             Err(error) => {
                 debug!("the disk takes no requests: {error}");
-                Err(self
-                    .queue
-                    .error(Fault::Request("the disk takes no requests")))
+                Err(queue.error(Fault::Request("the disk takes no requests")))
             }
+        };
+        let reaped = self.reap(context);
+        let (taken, kicked, reaped) = (taken?, kicked?, reaped?);
+        Ok(if !kicked {
+            Round::Refused
+        } else if reaped || taken == Taken::Some {
+            Round::Busy
+        } else {
+            Round::Idle
+        })
+    }
+
+    /// Looks for more to do, while that pays: requests, unless there is no room for them, and completions.
+    fn spin(&mut self) -> Result<bool, QueueError> {
+        let Self {
+            queue,
+            way: Some(way),
+            memory,
+            starved,
+            spin,
+            ..
+        } = self
+        else {
+            return Ok(false);
+        };
+        // What can only come with a system call is to be slept for.
+        let flying = way.io.in_flight() > 0;
+        if flying && way.io.peek().is_none() || !flying && *starved {
+            return Ok(false);
+        }
+        let memory = memory.memory();
+        spin.until(|| {
+            Ok(flying && way.io.peek() == Some(true) || !*starved && queue.has_chains(&*memory)?)
+        })
+    }
+
+    /// Whether the disk is to tell of completions.
+    fn listen(&mut self, on: bool) {
+        if let Some(way) = &mut self.way {
+            way.io.listen(on);
         }
     }
 
-    /// Answers what is done.
-    fn reap(&mut self, context: &mut Context<'_>) -> Result<(), QueueError> {
+    /// Answers what is done, if anything is.
+    fn reap(&mut self, context: &mut Context<'_>) -> Result<bool, QueueError> {
         let memory = self.memory.memory();
+        let mut any = false;
         while let Some(done) = self.way.as_mut().and_then(|way| way.io.next_completion()) {
+            any = true;
+            self.starved = false;
             if let Some((head, written)) = self.flight.finish(done) {
-                let used = self.queue.add_used(&*memory, head, written);
-                used?;
-            }
-            if std::mem::take(&mut self.starved) {
-                context.again(self.queue.index());
+                self.queue.stage_used(&*memory, head, written)?;
             }
         }
-        self.queue.signal(&*memory, context.interrupt())
+        self.queue.signal(&*memory, context.interrupt())?;
+        Ok(any)
     }
 
     /// Waits for all that is in flight, and answers it.
@@ -149,7 +252,7 @@ impl<M: DeviceMemory> Handler<M> {
                 self.way = None;
             }
             // Even where the ring is lost, memory must not change after this.
-            answered = answered.and(self.reap(context));
+            answered = answered.and(self.reap(context).map(drop));
         }
         let memory = self.memory.memory();
         for index in 0..self.flight.slots.len() {
@@ -194,26 +297,8 @@ impl<M: DeviceMemory> QueueHandler for Handler<M> {
     }
 
     fn on_queue(&mut self, _index: u16, context: &mut Context<'_>) -> Result<(), QueueError> {
-        let Self {
-            queue,
-            way: Some(way),
-            memory,
-            flight,
-            starved,
-        } = self
-        else {
-            return Ok(());
-        };
-        let mapping = memory.memory();
-        let served = context.serve(queue, &*mapping, |chain| {
-            let outcome = flight.begin(chain, &mapping, way)?;
-            *starved = outcome == Outcome::Later;
-            Ok(outcome)
-        });
-        // Those before a fault are done all the same.
-        let kicked = self.kick(context);
-        let reaped = self.reap(context);
-        served.and(kicked).and(reaped)
+        self.starved = false;
+        self.work(context)
     }
 
     fn on_source(
@@ -227,9 +312,9 @@ impl<M: DeviceMemory> QueueHandler for Handler<M> {
         {
             let cleared = timer.on_timer();
             cleared.map_err(|error| self.queue.error(timer_fault(&error)))?;
-            context.again(self.queue.index());
+            self.starved = false;
         }
-        self.reap(context)
+        self.work(context)
     }
 
     fn on_stop(&mut self, context: &mut Context<'_>) -> Result<(), QueueError> {

@@ -56,6 +56,18 @@ pub enum Outcome {
     Later,
 }
 
+/// What [`DeviceQueue::take`] found.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[must_use]
+pub enum Taken {
+    /// No chains.
+    Nothing,
+    /// Chains, which were handled. There may be more by now.
+    Some,
+    /// After none or some, a chain that the device cannot take now.
+    Later,
+}
+
 /// Whether a queue has more to do.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 #[must_use]
@@ -83,6 +95,12 @@ pub struct DeviceQueue {
     unsignalled: bool,
     /// The used index of the last look whether the driver wants to be notified.
     signalled: u16,
+    /// Chains whose place in the used ring is filled, past those that the driver was shown.
+    staged: u16,
+    /// The driver was told that it need not notify.
+    quiet: bool,
+    /// Turning notifications on, chains were seen that nobody has popped.
+    promised: bool,
     kick: Arc<EventFd>,
     /// For `serve`.
     chain: Chain,
@@ -111,6 +129,9 @@ impl DeviceQueue {
             seen: state.next_available,
             unsignalled: false,
             signalled: state.next_used,
+            staged: 0,
+            quiet: false,
+            promised: false,
             kick,
             chain: Chain::new(),
         };
@@ -291,6 +312,7 @@ impl DeviceQueue {
             indirect: self.indirect,
         };
         chain.fill(memory, table, head)?;
+        self.promised = false;
         self.ring.set_next_avail(next.wrapping_add(1));
         Ok(true)
     }
@@ -335,15 +357,64 @@ impl DeviceQueue {
         head: u16,
         written: u32,
     ) -> Result<(), QueueError> {
-        if head >= self.ring.size() {
+        self.stage_used(memory, head, written)?;
+        self.publish(memory)
+    }
+
+    /// As [`add_used`](Self::add_used), but the driver sees it only after [`publish`](Self::publish) or [`signal`](Self::signal), with all
+    /// others: its cache line is taken from it once for all.
+    ///
+    /// # Errors
+    /// The used ring is no longer in memory, or more chains come back than were popped.
+    pub fn stage_used<M: GuestMemory>(
+        &mut self,
+        memory: &M,
+        head: u16,
+        written: u32,
+    ) -> Result<(), QueueError> {
+        let size = self.ring.size();
+        if head >= size {
             return Err(self.error(Fault::Index {
                 index: head,
-                size: u32::from(self.ring.size()),
+                size: u32::from(size),
             }));
         }
-        self.ring
-            .add_used(memory, head, written)
-            .map_err(|e| self.ring_error(e))?;
+        if self.staged >= size {
+            return Err(self.error(Fault::Request("more chains are given back than there are")));
+        }
+        let slot = self.ring.next_used().wrapping_add(self.staged);
+        // Within the ring, which was in memory when the queue was set up.
+        let place =
+            GuestAddress(self.ring.used_ring()).unchecked_add(4 + 8 * u64::from(slot & (size - 1)));
+        let element = u64::from(head) | u64::from(written) << 32;
+        memory
+            .write_obj(element.to_le(), place)
+            .map_err(|source| self.error(in_used(source)))?;
+        self.staged += 1;
+        Ok(())
+    }
+
+    /// Shows the driver all chains that were [staged](Self::stage_used).
+    ///
+    /// # Errors
+    /// The used ring is no longer in memory.
+    pub fn publish<M: GuestMemory>(&mut self, memory: &M) -> Result<(), QueueError> {
+        if self.staged == 0 {
+            return Ok(());
+        }
+        let used = self
+            .ring
+            .next_used()
+            .wrapping_add(std::mem::take(&mut self.staged));
+        // Release: the elements, and the data, are seen before the index is.
+        memory
+            .store(
+                used.to_le(),
+                GuestAddress(self.ring.used_ring()).unchecked_add(2),
+                Ordering::Release,
+            )
+            .map_err(|source| self.error(in_used(source)))?;
+        self.ring.set_next_used(used);
         self.unsignalled = true;
         Ok(())
     }
@@ -357,31 +428,17 @@ impl DeviceQueue {
         memory: &M,
         used: &[(u16, u32)],
     ) -> Result<(), QueueError> {
-        let Some((&(last, written), others)) = used.split_last() else {
-            return Ok(());
-        };
-        let (next, size) = (self.ring.next_used(), self.ring.size());
-        let mut slot = next;
-        for &(head, written) in others {
-            // Within the ring, which was in memory when the queue was set up.
-            let place = GuestAddress(self.ring.used_ring())
-                .unchecked_add(4 + 8 * u64::from(slot & size.saturating_sub(1)));
-            let element = u64::from(head) | u64::from(written) << 32;
-            memory
-                .write_obj(element.to_le(), place)
-                .map_err(|source| self.error(in_used(source)))?;
-            slot = slot.wrapping_add(1);
+        self.publish(memory)?;
+        for &(head, written) in used {
+            if let Err(error) = self.stage_used(memory, head, written) {
+                self.staged = 0;
+                return Err(error);
+            }
         }
-        // Its element is the last, and the index that it moves is past all.
-        self.ring.set_next_used(slot);
-        let added = self.add_used(memory, last, written);
-        if added.is_err() {
-            self.ring.set_next_used(next);
-        }
-        added
+        self.publish(memory)
     }
 
-    /// Sends the driver an interrupt if chains were given back since the last call and it wants to know.
+    /// Sends the driver an interrupt if chains were given back since the last call and it wants to know. Those staged are published first.
     ///
     /// # Errors
     /// The rings are no longer in memory.
@@ -390,6 +447,7 @@ impl DeviceQueue {
         memory: &M,
         interrupt: &dyn VirtioInterrupt,
     ) -> Result<(), QueueError> {
+        self.publish(memory)?;
         if !std::mem::take(&mut self.unsignalled) {
             return Ok(());
         }
@@ -425,9 +483,12 @@ impl DeviceQueue {
         if !self.is_served() {
             return Ok(false);
         }
-        self.ring
+        self.quiet = false;
+        self.promised = self
+            .ring
             .enable_notification(memory)
-            .map_err(|e| self.ring_error(e))
+            .map_err(|e| self.ring_error(e))?;
+        Ok(self.promised)
     }
 
     /// Tells the driver that it need not notify of new chains.
@@ -435,12 +496,25 @@ impl DeviceQueue {
     /// # Errors
     /// The rings are no longer in memory.
     pub fn disable_notification<M: GuestMemory>(&mut self, memory: &M) -> Result<(), QueueError> {
-        if !self.is_served() {
+        if !self.is_served() || self.quiet {
             return Ok(());
         }
         self.ring
             .disable_notification(memory)
-            .map_err(|e| self.ring_error(e))
+            .map_err(|e| self.ring_error(e))?;
+        self.quiet = true;
+        Ok(())
+    }
+
+    /// Whether there are chains to pop: a look into memory that changes nothing.
+    ///
+    /// # Errors
+    /// The driver offers more than the queue has entries, or the ring is no longer in memory.
+    pub fn has_chains<M: GuestMemory>(&mut self, memory: &M) -> Result<bool, QueueError> {
+        if !self.is_served() {
+            return Ok(false);
+        }
+        self.look(memory).map_err(|fault| self.error(fault))
     }
 
     /// Serves what the driver made available: pops chains and has `request` handle them, gives those back that are done,
@@ -454,10 +528,10 @@ impl DeviceQueue {
         &mut self,
         memory: &M,
         interrupt: &dyn VirtioInterrupt,
-        request: impl FnMut(&mut Chain) -> Result<Outcome, Fault>,
+        mut request: impl FnMut(&mut Chain) -> Result<Outcome, Fault>,
     ) -> Result<Next, QueueError> {
         let mut chain = std::mem::take(&mut self.chain);
-        let served = self.serve_with(memory, &mut chain, request);
+        let served = self.serve_with(memory, &mut chain, &mut request);
         self.chain = chain;
         self.signal(memory, interrupt)?;
         served
@@ -467,39 +541,68 @@ impl DeviceQueue {
         &mut self,
         memory: &M,
         chain: &mut Chain,
-        mut request: impl FnMut(&mut Chain) -> Result<Outcome, Fault>,
+        request: &mut impl FnMut(&mut Chain) -> Result<Outcome, Fault>,
     ) -> Result<Next, QueueError> {
         let mut turns = self.size();
-        let mut promised = false;
-        self.disable_notification(memory)?;
         loop {
-            let before = turns;
-            while self.pop(memory, chain)? {
-                let head = chain.head();
-                match request(chain).map_err(|fault| self.error(fault))? {
-                    Outcome::Used(written) => self.add_used(memory, head, written)?,
-                    Outcome::InFlight => {}
-                    Outcome::Later => {
-                        self.undo_pop();
-                        return Ok(Next::Wait);
-                    }
-                }
-                turns = turns.saturating_sub(1);
-                if turns == 0 {
-                    return Ok(Next::Again);
-                }
+            match self.take_with(memory, chain, &mut turns, request)? {
+                Taken::Later => return Ok(Next::Wait),
+                Taken::Some if turns == 0 => return Ok(Next::Again),
+                _ => {}
             }
-            if promised && turns == before {
-                // An index that the driver takes back, or rings on top of each other, where turning notifications on and off
-                // changes it: without an end, if it went on.
-                return Err(self.error(Fault::Request("the available index goes back")));
-            }
-            promised = self.enable_notification(memory)?;
-            if !promised {
+            if !self.enable_notification(memory)? {
                 return Ok(Next::Wait);
             }
-            self.disable_notification(memory)?;
         }
+    }
+
+    /// Half of [`serve`](Self::serve), for a device that looks again before it waits: pops chains and has `request` handle them, at most as
+    /// many as the queue has entries. Those that are done are staged, and notifications stay off. Before it waits,
+    /// [`signal`](Self::signal) and [`enable_notification`](Self::enable_notification) follow; if the latter says so, `take` again.
+    ///
+    /// # Errors
+    /// As [`serve`](Self::serve).
+    pub fn take<M: GuestMemory>(
+        &mut self,
+        memory: &M,
+        mut request: impl FnMut(&mut Chain) -> Result<Outcome, Fault>,
+    ) -> Result<Taken, QueueError> {
+        let mut chain = std::mem::take(&mut self.chain);
+        let mut turns = self.size();
+        let taken = self.take_with(memory, &mut chain, &mut turns, &mut request);
+        self.chain = chain;
+        taken
+    }
+
+    fn take_with<M: GuestMemory>(
+        &mut self,
+        memory: &M,
+        chain: &mut Chain,
+        turns: &mut u16,
+        request: &mut impl FnMut(&mut Chain) -> Result<Outcome, Fault>,
+    ) -> Result<Taken, QueueError> {
+        self.disable_notification(memory)?;
+        let promised = std::mem::take(&mut self.promised);
+        let mut taken = Taken::Nothing;
+        while *turns > 0 && self.pop(memory, chain)? {
+            taken = Taken::Some;
+            let head = chain.head();
+            match request(chain).map_err(|fault| self.error(fault))? {
+                Outcome::Used(written) => self.stage_used(memory, head, written)?,
+                Outcome::InFlight => {}
+                Outcome::Later => {
+                    self.undo_pop();
+                    return Ok(Taken::Later);
+                }
+            }
+            *turns -= 1;
+        }
+        if promised && taken == Taken::Nothing {
+            // An index that the driver takes back, or rings on top of each other, where turning notifications on and off
+            // changes it: without an end, if it went on.
+            return Err(self.error(Fault::Request("the available index goes back")));
+        }
+        Ok(taken)
     }
 
     fn ring_error(&self, error: virtio_queue::Error) -> QueueError {

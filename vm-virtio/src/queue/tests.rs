@@ -163,6 +163,63 @@ fn chains_given_back_together_are_seen_together() {
     }
 }
 
+/// The device that looks again before it sleeps: the driver notifies of none of what it sees, and of the next after it slept.
+#[test]
+fn chains_taken_in_rounds_need_no_notification() {
+    for features in [VERSION_1, RING_FEATURES] {
+        let (memory, mut driver, mut device) = both(features);
+        let interrupt = TestInterrupt::default();
+        let take = |device: &mut DeviceQueue, outcome| device.take(&*memory, |_| Ok(outcome));
+        driver.add(&one(0)).unwrap();
+        assert!(driver.wants_kick(1), "the device sleeps at first");
+        for round in 0..5 {
+            assert!(device.has_chains(&*memory).unwrap());
+            let taken = take(&mut device, Outcome::Used(7));
+            assert_eq!(taken.unwrap(), Taken::Some);
+            assert_eq!(driver.take_used(), None, "until it is published");
+            device.signal(&*memory, &interrupt).unwrap();
+            assert_eq!(driver.take_used().map(|used| used.len), Some(7));
+            assert_eq!(interrupt.queue_count(3), round + 1);
+            assert!(!device.has_chains(&*memory).unwrap());
+            driver.add(&one(0)).unwrap();
+            assert!(!driver.wants_kick(1), "the device is awake");
+        }
+        let later = take(&mut device, Outcome::Later);
+        assert_eq!((later.unwrap(), device.in_flight()), (Taken::Later, 0));
+        // One came before the driver saw that it is to notify: the device is told, and finds it.
+        assert!(device.enable_notification(&*memory).unwrap());
+        let taken = take(&mut device, Outcome::InFlight);
+        assert_eq!((taken.unwrap(), device.in_flight()), (Taken::Some, 1));
+        assert!(!device.enable_notification(&*memory).unwrap());
+        let taken = take(&mut device, Outcome::InFlight);
+        assert_eq!(taken.unwrap(), Taken::Nothing);
+        assert!(!device.enable_notification(&*memory).unwrap());
+        driver.add(&one(0)).unwrap();
+        assert!(driver.wants_kick(1), "the device sleeps");
+    }
+}
+
+#[test]
+fn chains_that_are_staged_are_shown_together() {
+    let (memory, mut driver, mut device) = both(VERSION_1);
+    let heads = [0, 1, 2].map(|n| driver.add(&one(n)).unwrap());
+    let taken = device.take(&*memory, |_| Ok(Outcome::InFlight));
+    assert_eq!(taken.unwrap(), Taken::Some);
+    for head in heads {
+        device.stage_used(&*memory, head, 1).unwrap();
+        assert_eq!((driver.used_index(), device.in_flight()), (0, 3));
+    }
+    device.publish(&*memory).unwrap();
+    assert_eq!((driver.used_index(), device.in_flight()), (3, 0));
+    device.publish(&*memory).unwrap();
+    assert_eq!(
+        heads.map(|_| driver.take_used().unwrap().head),
+        heads.map(u32::from)
+    );
+    let hostile = (0..=SIZE).map(|_| device.stage_used(&*memory, 0, 0));
+    assert!(hostile.last().unwrap().is_err(), "no more than it has");
+}
+
 #[test]
 fn no_notification_is_lost() {
     for features in [VERSION_1, RING_FEATURES] {

@@ -11,6 +11,7 @@
 
 mod context;
 mod run;
+mod spin;
 #[cfg(test)]
 mod tests;
 
@@ -24,6 +25,7 @@ use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 pub use context::Context;
+pub use spin::Spin;
 
 use crate::{DeviceQueue, QueueError, Spawn, VirtioInterrupt};
 use run::Loop;

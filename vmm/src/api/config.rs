@@ -15,7 +15,6 @@ fn asks_for_nothing(name: &str, value: &Value) -> bool {
     match name {
         "iommu" | "vhost_user" | "kvm_hyperv" | "nested" | "prefault" | "watchdog" | "pvpanic"
         | "landlock_enable" => *value == Value::Bool(false),
-        "poll_queue" => value.is_boolean(),
         "thp" => *value == Value::Bool(true),
         "pci_segment" => value.as_u64() == Some(0),
         "vhost_mode" => value == "Client",

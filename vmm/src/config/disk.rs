@@ -102,6 +102,8 @@ pub struct DiskConfig {
     pub iommu: bool,
     /// Discarded space is given back to the host's file system.
     pub sparse: bool,
+    /// A queue's thread looks for more requests for some microseconds before it sleeps.
+    pub poll_queue: bool,
     /// Queues whose thread is bound to CPUs of the host.
     pub queue_affinity: Option<Vec<QueueAffinity>>,
     /// Limits of this disk alone.
@@ -130,6 +132,7 @@ impl Default for DiskConfig {
             id: None,
             iommu: false,
             sparse: true,
+            poll_queue: true,
             queue_affinity: None,
             rate_limiter_config: None,
             rate_limit_group: None,
@@ -145,8 +148,6 @@ impl DiskConfig {
     pub fn parse(text: &str) -> Result<Self, ConfigError> {
         let default = Self::default();
         let text = read_keys(OPTION, &[KNOWN, &rate_limit::KEYS].concat(), &[], text)?;
-        // Polling is the driver's affair by EVENT_IDX; the key is taken for compatibility.
-        text.toggle("poll_queue")?;
         let vhost_user = text.toggle("vhost_user")?.unwrap_or(default.vhost_user);
         Ok(Self {
             path: if vhost_user || text.text("socket").is_some() {
@@ -170,6 +171,7 @@ impl DiskConfig {
             id: text.text("id").map(str::to_owned),
             iommu: text.toggle("iommu")?.unwrap_or(default.iommu),
             sparse: text.toggle("sparse")?.unwrap_or(default.sparse),
+            poll_queue: text.toggle("poll_queue")?.unwrap_or(default.poll_queue),
             queue_affinity: text
                 .list("queue_affinity")?
                 .map(|list| list.iter().map(|one| affinity(one)).collect())

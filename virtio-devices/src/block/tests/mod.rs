@@ -32,6 +32,7 @@ fn config() -> BlockConfig {
         serial: "serial".into(),
         engine: Engine::Auto,
         affinity: Vec::new(),
+        poll: true,
     }
 }
 

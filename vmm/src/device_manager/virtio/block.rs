@@ -116,6 +116,7 @@ fn block(id: &str, config: &DiskConfig, spawn: &Spawn) -> Result<Block<Memory>, 
         }),
         engine: Engine::Auto,
         affinity: config.cpus_of_queues(),
+        poll: config.poll_queue,
     };
     Block::new(block, disk).map_err(DeviceError::option(OPTION))
 }

@@ -260,6 +260,7 @@ impl DiskIo for QcowIo {
     }
 
     fn kick(&mut self) -> io::Result<()> {
+        self.helped.kick()?;
         self.data.kick()
     }
 
@@ -272,6 +273,16 @@ impl DiskIo for QcowIo {
         self.helped.next_completion()
     }
 
+    fn peek(&mut self) -> Option<bool> {
+        let (data, helped) = (self.data.peek()?, self.helped.peek()?);
+        Some(data || helped)
+    }
+
+    fn listen(&mut self, on: bool) {
+        self.data.listen(on);
+        self.helped.listen(on);
+    }
+
     #[allow(unsafe_code)]
     fn completion_fd(&self) -> BorrowedFd<'_> {
         // SAFETY: the descriptor is open for as long as `self` is borrowed.
@@ -282,7 +293,7 @@ impl DiskIo for QcowIo {
         if self.helped.in_flight() == 0 {
             return self.data.wait();
         }
-        self.data.kick()?;
+        self.kick()?;
         let mut events = [EpollEvent::default()];
         match self.both.wait(-1, &mut events) {
             Err(e) if e.kind() != io::ErrorKind::Interrupted => Err(e),
