@@ -69,15 +69,24 @@ struct Tcp<'a> {
     to: Address,
     /// Of the guest and of the other side; few of each, so that connections are met again.
     ports: (u8, Port),
-    flags: u8,
-    /// Beside what the other side expects.
-    seq: i32,
-    ack: i32,
+    flags: Flags,
+    /// Beside what the other side expects, if not that.
+    seq: Option<i32>,
+    ack: Option<i32>,
     window: u16,
     options: &'a [u8],
     /// A good maximum segment size and window scale, or what `options` has.
     good: bool,
     len: u16,
+}
+
+#[derive(Arbitrary, Clone, Copy, Debug)]
+enum Flags {
+    Syn,
+    Ack,
+    FinAck,
+    RstAck,
+    Any(u8),
 }
 
 #[derive(Arbitrary, Clone, Copy, Debug)]
@@ -205,12 +214,27 @@ impl World {
         if tcp.good {
             options = vec![2, 4, 5, 180, 3, 3, 7, 0];
         }
+        let flags = match tcp.flags {
+            Flags::Syn => 2,
+            Flags::Ack => 0x10,
+            Flags::FinAck => 0x11,
+            Flags::RstAck => 0x14,
+            Flags::Any(flags) => flags,
+        };
         let mut segment = Vec::new();
         segment.extend(port.to_be_bytes());
         segment.extend(to.to_be_bytes());
-        segment.extend(expected.wrapping_add_signed(tcp.seq).to_be_bytes());
-        segment.extend(theirs.wrapping_add_signed(tcp.ack).to_be_bytes());
-        segment.extend([((20 + options.len()) as u8 / 4) << 4, tcp.flags]);
+        segment.extend(
+            expected
+                .wrapping_add_signed(tcp.seq.unwrap_or(0))
+                .to_be_bytes(),
+        );
+        segment.extend(
+            theirs
+                .wrapping_add_signed(tcp.ack.unwrap_or(0))
+                .to_be_bytes(),
+        );
+        segment.extend([((20 + options.len()) as u8 / 4) << 4, flags]);
         segment.extend(tcp.window.to_be_bytes());
         segment.extend([0; 4]);
         segment.extend(options);
@@ -298,9 +322,9 @@ fuzz_target!(|case: Case<'_>| {
     world.tcp(&Tcp {
         to: Address::Outside,
         ports: (0, Port::Served(0)),
-        flags: 2,
-        seq: 7,
-        ack: 0,
+        flags: Flags::Syn,
+        seq: Some(7),
+        ack: None,
         window: 1000,
         options: &[],
         good: true,
