@@ -9,7 +9,7 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
-use arbitrary::Arbitrary;
+use arbitrary::{Arbitrary, Unstructured};
 use libfuzzer_sys::fuzz_target;
 use user_net::testing::Harness;
 use user_net::{MAX_CONNECTIONS, MAX_FLOWS, UserNetConfig};
@@ -32,13 +32,17 @@ struct Case<'a> {
 #[derive(Arbitrary, Debug)]
 enum Step<'a> {
     /// A message of any bytes.
-    Raw(&'a [u8]),
+    Raw(Bytes<'a>),
     /// A frame to the gateway of this kind.
-    Frame(Kind, &'a [u8]),
+    Frame(Kind, Bytes<'a>),
     /// A packet with a good header: protocol, address.
-    Packet(u8, Address, &'a [u8]),
-    Udp(Address, u8, u16, &'a [u8]),
-    Tcp(Tcp<'a>),
+    Packet(u8, Address, Bytes<'a>),
+    Udp(Address, u8, u16, Bytes<'a>),
+    Tcp(Tcp),
+    /// A connection is made, from the first to the third segment.
+    Open(u8),
+    /// As the last segment was addressed, but for what is said here.
+    Again(Flags, Option<i32>, Option<i32>, u16, u16),
     /// One of the far ends reads and writes so much; with neither it closes.
     Serve(u8, u16, u32),
     Turn,
@@ -46,6 +50,17 @@ enum Step<'a> {
     Hold(bool),
     Advance(u16),
     Offloads(bool, bool),
+}
+
+/// At most 255 bytes, so that there is something left for the next step.
+#[derive(Debug)]
+struct Bytes<'a>(&'a [u8]);
+
+impl<'a> Arbitrary<'a> for Bytes<'a> {
+    fn arbitrary(u: &mut Unstructured<'a>) -> arbitrary::Result<Bytes<'a>> {
+        let len = usize::from(u8::arbitrary(u)?).min(u.len());
+        Ok(Bytes(u.bytes(len)?))
+    }
 }
 
 #[derive(Arbitrary, Clone, Copy, Debug)]
@@ -64,8 +79,8 @@ enum Address {
     Any([u8; 4]),
 }
 
-#[derive(Arbitrary, Debug)]
-struct Tcp<'a> {
+#[derive(Arbitrary, Clone, Copy, Debug)]
+struct Tcp {
     to: Address,
     /// Of the guest and of the other side; few of each, so that connections are met again.
     ports: (u8, Port),
@@ -74,7 +89,7 @@ struct Tcp<'a> {
     seq: Option<i32>,
     ack: Option<i32>,
     window: u16,
-    options: &'a [u8],
+    options: [u8; 12],
     /// A good maximum segment size and window scale, or what `options` has.
     good: bool,
     len: u16,
@@ -95,6 +110,21 @@ enum Port {
     Unreachable,
     Silent,
     Served(u8),
+}
+
+/// The first segment of a connection that is served.
+fn opening(port: u8) -> Tcp {
+    Tcp {
+        to: Address::Outside,
+        ports: (port, Port::Served(0)),
+        flags: Flags::Syn,
+        seq: Some(7),
+        ack: None,
+        window: 1000,
+        options: [1; 12],
+        good: true,
+        len: 0,
+    }
 }
 
 fn address(address: Address) -> [u8; 4] {
@@ -143,6 +173,7 @@ fn packet(protocol: u8, to: Address, payload: &[u8]) -> Vec<u8> {
 
 struct World {
     harness: Harness,
+    last: Option<Tcp>,
     /// By the guest's port: what the other side sends next, and what it expects.
     next: HashMap<u16, (u32, u32)>,
     hold: bool,
@@ -201,7 +232,7 @@ impl World {
             .insert(port, (number(4).wrapping_add(length), number(8)));
     }
 
-    fn tcp(&mut self, tcp: &Tcp<'_>) {
+    fn tcp(&mut self, tcp: &Tcp) {
         let port = 1024 + u16::from(tcp.ports.0 % 8);
         let to = match tcp.ports.1 {
             Port::Refused => 1,
@@ -210,7 +241,7 @@ impl World {
             Port::Served(n) => 80 + u16::from(n % 2),
         };
         let (theirs, expected) = self.next.get(&port).copied().unwrap_or((0, 0));
-        let mut options = tcp.options[..tcp.options.len().min(40) & !3].to_vec();
+        let mut options = tcp.options.to_vec();
         if tcp.good {
             options = vec![2, 4, 5, 180, 3, 3, 7, 0];
         }
@@ -244,25 +275,47 @@ impl World {
 
     fn step(&mut self, step: &Step<'_>) {
         match step {
-            Step::Raw(bytes) => self.send(bytes),
+            Step::Raw(bytes) => self.send(bytes.0),
             Step::Frame(kind, bytes) => {
                 let kind = match kind {
                     Kind::Arp => 0x0806,
                     Kind::Ipv4 => 0x0800,
                     Kind::Other(kind) => *kind,
                 };
-                self.send(&frame(kind, bytes));
+                self.send(&frame(kind, bytes.0));
             }
-            Step::Packet(protocol, to, bytes) => self.send(&packet(*protocol, *to, bytes)),
+            Step::Packet(protocol, to, bytes) => self.send(&packet(*protocol, *to, bytes.0)),
             Step::Udp(to, from, port, bytes) => {
                 let mut datagram = vec![0x10, *from];
                 datagram.extend(port.to_be_bytes());
-                datagram.extend(((8 + bytes.len()) as u16).to_be_bytes());
+                datagram.extend(((8 + bytes.0.len()) as u16).to_be_bytes());
                 datagram.extend([0; 2]);
-                datagram.extend(*bytes);
+                datagram.extend(bytes.0);
                 self.send(&packet(17, *to, &datagram));
             }
-            Step::Tcp(tcp) => self.tcp(tcp),
+            Step::Tcp(tcp) => {
+                self.last = Some(*tcp);
+                self.tcp(tcp);
+            }
+            Step::Open(port) => {
+                let syn = opening(*port);
+                self.step(&Step::Tcp(syn));
+                self.step(&Step::Again(Flags::Ack, None, None, 1000, 0));
+            }
+            Step::Again(flags, seq, ack, window, len) => {
+                if let Some(last) = self.last {
+                    self.tcp(&Tcp {
+                        flags: *flags,
+                        seq: *seq,
+                        ack: *ack,
+                        window: *window,
+                        len: *len,
+                        options: [1; 12],
+                        good: false,
+                        ..last
+                    });
+                }
+            }
             Step::Serve(which, read, write) => {
                 let write = (*write as usize).min(1 << 18);
                 self.harness
@@ -302,6 +355,7 @@ fuzz_target!(|case: Case<'_>| {
     harness.set_offloads(case.offloads.0, case.offloads.1);
     let mut world = World {
         harness,
+        last: None,
         next: HashMap::new(),
         hold: false,
         tso: case.offloads.0 & case.offloads.1,
@@ -319,17 +373,7 @@ fuzz_target!(|case: Case<'_>| {
     }
     assert_eq!((world.harness.connections(), world.harness.flows()), (0, 0));
     world.next.clear();
-    world.tcp(&Tcp {
-        to: Address::Outside,
-        ports: (0, Port::Served(0)),
-        flags: Flags::Syn,
-        seq: Some(7),
-        ack: None,
-        window: 1000,
-        options: &[],
-        good: true,
-        len: 0,
-    });
+    world.tcp(&opening(0));
     assert_eq!(
         world.next.get(&1024).map(|n| n.1),
         Some(8),

@@ -5,6 +5,7 @@ use std::net::{Ipv4Addr, SocketAddrV4, TcpListener};
 use std::time::Duration;
 
 use proptest::prelude::*;
+use smoltcp::wire::{TcpPacket, TcpSeqNumber};
 use user_net::testing::Harness;
 use user_net::{MAX_CONNECTIONS, MAX_FLOWS, UserNetConfig};
 
@@ -124,14 +125,14 @@ fn an_idle_connection_gives_way_to_a_new_one() {
     let open = |harness: &mut Harness, port: u16| {
         harness.send(&syn(port, to)).unwrap();
         let reply = harness.receive().unwrap();
-        let tcp = smoltcp::wire::TcpPacket::new_unchecked(&reply[12 + 14 + 20..]);
+        let tcp = TcpPacket::new_unchecked(&reply[12 + 14 + 20..]);
         if tcp.rst() {
             return false;
         }
         let seq = tcp.seq_number();
         let ack = tcp_frame(to, port, |tcp| {
             tcp.set_ack(true);
-            tcp.set_seq_number(smoltcp::wire::TcpSeqNumber(1));
+            tcp.set_seq_number(TcpSeqNumber(1));
             tcp.set_ack_number(seq + 1);
         });
         harness.send(&ack).unwrap();
@@ -146,6 +147,26 @@ fn an_idle_connection_gives_way_to_a_new_one() {
     harness.advance(Duration::from_secs(301));
     assert!(open(&mut harness, port), "the oldest has to go");
     assert_eq!(harness.connections(), most);
+}
+
+#[test]
+fn the_harness_carries_bytes() {
+    let mut harness = harness();
+    let to = SocketAddrV4::new([192, 0, 2, 1].into(), 80);
+    harness.send(&syn(1024, to)).unwrap();
+    let reply = harness.receive().unwrap();
+    let seq = TcpPacket::new_unchecked(&reply[12 + 14 + 20..]).seq_number();
+    let ack = tcp_frame(to, 1024, |tcp| {
+        tcp.set_ack(true);
+        tcp.set_seq_number(TcpSeqNumber(1));
+        tcp.set_ack_number(seq + 1);
+    });
+    harness.send(&ack).unwrap();
+    harness.serve(0, 0, 500);
+    harness.turn().unwrap();
+    let data = harness.receive().unwrap();
+    let data = TcpPacket::new_unchecked(&data[12 + 14 + 20..]);
+    assert_eq!(data.payload(), [b'x'; 500]);
 }
 
 #[test]
