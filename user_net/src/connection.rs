@@ -14,7 +14,11 @@ use crate::sys;
 use crate::tcp::{Key, prepare};
 
 /// Bytes that a connection keeps for each side until they are taken.
-const BUFFER: usize = 256 << 10;
+///
+/// One less than a power of two. The stack takes the window of its SYN, which is 65 535 and never scaled, for scaled when data
+/// comes before it has sent another: with 2^n - 1 bytes even that window is no larger than the buffer, and a guest that fills
+/// more of it than there is does not make the stack panic.
+const BUFFER: usize = (256 << 10) - 1;
 
 /// The longest that connecting to the host takes.
 const CONNECTING: Duration = Duration::from_secs(75);

@@ -170,6 +170,37 @@ fn the_harness_carries_bytes() {
 }
 
 #[test]
+fn a_guest_that_sends_more_than_the_first_window_is_cut_off() {
+    let mut harness = harness();
+    let to = SocketAddrV4::new([192, 0, 2, 1].into(), 80);
+    // With a window scale.
+    let mut message = syn(1024, to);
+    message.extend([3, 3, 7, 0]);
+    let mut ip = smoltcp::wire::Ipv4Packet::new_unchecked(&mut message[26..]);
+    ip.set_total_len(44);
+    ip.fill_checksum();
+    TcpPacket::new_unchecked(ip.payload_mut()).set_header_len(24);
+    message[0] = 1;
+    harness.send(&message).unwrap();
+    let reply = harness.receive().unwrap();
+    let seq = TcpPacket::new_unchecked(&reply[12 + 14 + 20..]).seq_number();
+    for offset in [262_000, 300_000, 400_000, 524_000] {
+        let mut message = tcp_frame(to, 1024, |tcp| {
+            tcp.set_ack(true);
+            tcp.set_seq_number(TcpSeqNumber(1) + offset);
+            tcp.set_ack_number(seq + 1);
+        });
+        message.resize(message.len() + 1000, b'g');
+        message[0] = 1;
+        let mut ip = smoltcp::wire::Ipv4Packet::new_unchecked(&mut message[26..]);
+        ip.set_total_len(1040);
+        ip.fill_checksum();
+        harness.send(&message).unwrap();
+    }
+    assert_eq!(harness.connections(), 1);
+}
+
+#[test]
 fn refusals_are_told_as_what_they_are() {
     let mut harness = harness();
     let host = Ipv4Addr::new(192, 0, 2, 1);
