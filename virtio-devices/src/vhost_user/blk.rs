@@ -56,6 +56,7 @@ impl<M> VhostUserBlock<M> {
         let kind = Kind {
             features: if queues > 1 { KNOWN | MQ } else { KNOWN },
             config_len: CONFIG_LEN,
+            answers_all: true,
         };
         let front = Front::connect(config, kind)?;
         if queues > 1 && front.features() & MQ == 0 {

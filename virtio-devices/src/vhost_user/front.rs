@@ -22,6 +22,8 @@ pub(super) struct Kind {
     pub features: u64,
     /// Bytes of its configuration space.
     pub config_len: usize,
+    /// Each chain is a request that ends by itself, and no room for what may come.
+    pub answers_all: bool,
 }
 
 /// What the device and its worker have.
@@ -253,6 +255,21 @@ impl<M: MappedMemory> Front<M> {
             interrupt,
             faulty,
         } = running;
+        let memory = memory.memory();
+        let hopeless = || connection.is_lost() || faulty.load(Ordering::Acquire);
+        if self.shared.kind.answers_all {
+            // While it works as ever: not every back end ends well what is in flight when it is told to stop.
+            let offered: Vec<_> = queues
+                .iter()
+                .filter(|queue| queue.is_served())
+                .map(|queue| queue.available_index(&*memory).map_or(u32::MAX, u32::from))
+                .collect();
+            for queue in queues.iter().filter(|queue| queue.is_served()) {
+                // The driver may not have come to it. Where it fails there is a kick already.
+                let _ = queue.kick().write(1);
+            }
+            self.wait_for_requests(&queues, &offered, &*memory, hopeless);
+        }
         let served = queues.iter().filter(|queue| queue.is_served());
         let stopped = connection.session(|session| {
             served
@@ -267,10 +284,7 @@ impl<M: MappedMemory> Front<M> {
             interrupt.needs_reset();
         }
         let bases = stopped.unwrap_or_default();
-        let memory = memory.memory();
-        self.wait_for_requests(&queues, &bases, &*memory, || {
-            connection.is_lost() || faulty.load(Ordering::Acquire)
-        });
+        self.wait_for_requests(&queues, &bases, &*memory, hopeless);
         // By now it signalled all that it used.
         let joined = worker.stop();
         let mut bases = bases.into_iter();
@@ -293,7 +307,8 @@ impl<M: MappedMemory> Front<M> {
     }
 
     /// Some back ends answer that they stopped while requests are in flight, which still end. Waits for that, as long as the back end may
-    /// take for anything, or until they are `hopeless`. `bases` are the chains that it popped of each queue that it serves.
+    /// take for anything, or until they are `hopeless`. `bases` are the chains of each queue that it serves which it is to
+    /// end.
     fn wait_for_requests(
         &self,
         queues: &[DeviceQueue],

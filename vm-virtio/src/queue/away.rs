@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemory};
 
 use super::fault::{Fault, QueueError};
-use super::{DeviceQueue, in_used};
+use super::{DeviceQueue, in_available, in_used};
 use virtio_queue::QueueT;
 
 impl DeviceQueue {
@@ -21,6 +21,19 @@ impl DeviceQueue {
         let place = GuestAddress(self.ring.used_ring()).unchecked_add(2);
         let index = memory.load(place, Ordering::Acquire).map(u16::from_le);
         index.map_err(|source| self.error(in_used(source)))
+    }
+
+    /// Chains that the driver made available so far, modulo 2^16, as the available ring in `memory` says. 0 for a queue that is not served.
+    ///
+    /// # Errors
+    /// The ring is no longer in memory.
+    pub fn available_index<M: GuestMemory>(&self, memory: &M) -> Result<u16, QueueError> {
+        if !self.is_served() {
+            return Ok(0);
+        }
+        let place = GuestAddress(self.ring.avail_ring()).unchecked_add(2);
+        let index = memory.load(place, Ordering::Acquire).map(u16::from_le);
+        index.map_err(|source| self.error(in_available(source)))
     }
 
     /// The queue is the device's again, after another has served it who popped chains up to `next_available`. Where nobody knows how
@@ -85,6 +98,7 @@ mod tests {
         assert!(theirs.pop(&*memory, &mut chain).unwrap());
 
         assert_eq!(ours.used_index(&*memory).unwrap(), 3);
+        assert_eq!(ours.available_index(&*memory).unwrap(), 4);
         ours.take_back(&*memory, Some(4)).unwrap();
         assert_eq!((ours.state().next_available, ours.in_flight()), (4, 1));
         // Nobody knows of the fourth: it is popped again.

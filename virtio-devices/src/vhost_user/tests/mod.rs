@@ -376,6 +376,7 @@ fn the_configuration_changes() {
     let kind = front::Kind {
         features: u64::MAX,
         config_len: 60,
+        answers_all: true,
     };
     let front = front::Front::<TestMemory>::connect(config, kind).unwrap();
     let interrupt = Arc::new(TestInterrupt::default());
