@@ -27,7 +27,7 @@ const IPV6_FRAGMENT: u8 = 44;
 /// Linux uses as many pairs of queues as it has processors.
 const CPUS: u64 = 4;
 /// How long the guest may say nothing.
-pub const PATIENCE: Duration = Duration::from_secs(120);
+pub const PATIENCE: Duration = Duration::from_secs(300);
 /// Bytes each way in a stream.
 const STREAM: usize = 1 << 20;
 /// Bytes of a frame as long as the MTU of the test allows, which is 9000.
@@ -248,12 +248,14 @@ fn linux_moves_streams_and_datagrams_through_several_queues() {
     while server.recv(&mut [0]).is_ok() {}
     set_tap("down");
     vmm.send("away\r");
+    vmm.wait_for("CH-NET: no carrier");
     vmm.wait_for("CH-NET: bring it back");
     let error = server.recv(&mut [0]).unwrap_err();
     assert_eq!(error.kind(), io::ErrorKind::WouldBlock, "{error}");
     server.set_nonblocking(false).unwrap();
     set_tap("up");
     vmm.send("back\r");
+    vmm.wait_for("CH-NET: a carrier");
     let mut words = [0; 10];
     control.read_exact(&mut words).unwrap();
     assert_eq!(&words, b"still here");
