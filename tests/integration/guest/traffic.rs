@@ -36,6 +36,20 @@ fn stay_on(cpu: u32) -> io::Result<()> {
     }
 }
 
+/// Waits until the interface has a carrier, `1`, or none, `0`.
+fn wait_for_carrier(wanted: &str) -> Result<()> {
+    let mut found = String::new();
+    // Half a minute.
+    for _ in 0..600 {
+        found = fs::read_to_string("/sys/class/net/eth0/carrier")?;
+        if found.trim_end() == wanted {
+            return Ok(());
+        }
+        thread::sleep(Duration::from_millis(50));
+    }
+    Err(format!("the carrier is {found:?}").into())
+}
+
 /// The host has connected four times and says which stream each is; each is served on a processor of its own.
 fn streams(listener: &TcpListener) -> Result<()> {
     let mut threads = Vec::new();
@@ -150,11 +164,15 @@ fn run() -> Result<()> {
 
     println!("CH-NET: take the link away");
     said_at_the_console("away")?;
+    wait_for_carrier("0")?;
+    println!("CH-NET: no carrier");
     for _ in 0..10 {
         client4.send(b"into the void")?;
     }
     println!("CH-NET: bring it back");
     said_at_the_console("back")?;
+    wait_for_carrier("1")?;
+    println!("CH-NET: a carrier");
     control.write_all(b"still here")?;
     let mut answer = String::new();
     control.read_to_string(&mut answer)?;
