@@ -13,7 +13,7 @@ use crate::vmm::{MEMORY_MIB, Vmm};
 /// # Errors
 /// When it says nothing.
 pub fn first_byte(binary: &Path, guest: &Path) -> Result<f64> {
-    let mut vmm = Vmm::start(binary, guest, "test=cmos", &[], false)?;
+    let mut vmm = Vmm::start(binary, guest, "test=boot", &[], false)?;
     let time = vmm.first_byte()?;
     vmm.finish()?;
     Ok(time.as_secs_f64() * 1e3)
@@ -24,7 +24,7 @@ pub fn first_byte(binary: &Path, guest: &Path) -> Result<f64> {
 /// # Errors
 /// When the guest doesn't get there.
 pub fn resident(binary: &Path, guest: &Path) -> Result<f64> {
-    let mut vmm = Vmm::start(binary, guest, "test=cmos end=halt", &[], false)?;
+    let mut vmm = Vmm::start(binary, guest, "test=boot end=halt", &[], false)?;
     vmm.done()?;
     let path = format!("/proc/{}/smaps", vmm.pid());
     let text = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
