@@ -91,7 +91,8 @@ impl TapQueue {
     }
 }
 
-fn count(pieces: usize) -> io::Result<i32> {
+/// How many pieces a packet is in, if the kernel takes so many.
+pub(crate) fn count(pieces: usize) -> io::Result<i32> {
     if pieces > libc::UIO_MAXIOV as usize {
         // A part of the packet would be another packet.
         return Err(io::Error::from(io::ErrorKind::InvalidInput));
@@ -99,7 +100,8 @@ fn count(pieces: usize) -> io::Result<i32> {
     Ok(pieces as i32)
 }
 
-fn moved(result: isize) -> io::Result<usize> {
+/// What a system call that moves bytes answered.
+pub(crate) fn moved(result: isize) -> io::Result<usize> {
     usize::try_from(result).map_err(|_| io::Error::last_os_error())
 }
 

@@ -7,6 +7,8 @@ use std::mem;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::ptr;
 
+use crate::queue::{count, moved};
+
 /// The end of such a socket, used as a [`TapQueue`](crate::TapQueue) is. Readable when a packet waits, writable when one can go out,
 /// hung up when nobody is at the other end any more.
 ///
@@ -84,19 +86,12 @@ impl SocketQueue {
 
 /// A message of these pieces, which keep their place until the call.
 fn message(pieces: &[libc::iovec]) -> io::Result<libc::msghdr> {
-    if pieces.len() > libc::UIO_MAXIOV as usize {
-        // A part of the packet would be another packet.
-        return Err(io::Error::from(io::ErrorKind::InvalidInput));
-    }
+    count(pieces.len())?;
     // SAFETY: a message of zeros has no address, no pieces and no control data.
     let mut message: libc::msghdr = unsafe { mem::zeroed() };
     message.msg_iov = ptr::from_ref(pieces).cast_mut().cast();
     message.msg_iovlen = pieces.len();
     Ok(message)
-}
-
-fn moved(result: isize) -> io::Result<usize> {
-    usize::try_from(result).map_err(|_| io::Error::last_os_error())
 }
 
 impl AsFd for SocketQueue {
