@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemory};
 
 use super::fault::{Fault, QueueError};
-use super::{DeviceQueue, in_available, in_used};
+use super::{DeviceQueue, in_used};
 use virtio_queue::QueueT;
 
 impl DeviceQueue {
@@ -31,9 +31,8 @@ impl DeviceQueue {
         if !self.is_served() {
             return Ok(0);
         }
-        let place = GuestAddress(self.ring.avail_ring()).unchecked_add(2);
-        let index = memory.load(place, Ordering::Acquire).map(u16::from_le);
-        index.map_err(|source| self.error(in_available(source)))
+        self.load_available(memory)
+            .map_err(|fault| self.error(fault))
     }
 
     /// The queue is the device's again, after another has served it who popped chains up to `next_available`. Where nobody knows how

@@ -321,14 +321,7 @@ impl DeviceQueue {
     fn look<M: GuestMemory>(&mut self, memory: &M) -> Result<bool, Fault> {
         let next = self.ring.next_avail();
         if self.seen == next {
-            // Acquire: what the driver wrote before it moved the index is seen after.
-            let index: u16 = memory
-                .load(
-                    GuestAddress(self.ring.avail_ring()).unchecked_add(2),
-                    Ordering::Acquire,
-                )
-                .map(u16::from_le)
-                .map_err(in_available)?;
+            let index = self.load_available(memory)?;
             let count = index.wrapping_sub(next);
             if count > self.ring.size() {
                 return Err(Fault::Offered {
@@ -339,6 +332,18 @@ impl DeviceQueue {
             self.seen = index;
         }
         Ok(self.seen != next)
+    }
+
+    /// The index of the available ring.
+    fn load_available<M: GuestMemory>(&self, memory: &M) -> Result<u16, Fault> {
+        // Acquire: what the driver wrote before it moved the index is seen after.
+        memory
+            .load(
+                GuestAddress(self.ring.avail_ring()).unchecked_add(2),
+                Ordering::Acquire,
+            )
+            .map(u16::from_le)
+            .map_err(in_available)
     }
 
     /// Puts the chain that was popped last back into the available ring, untouched.
