@@ -120,8 +120,6 @@ pub(super) struct Receiver {
     burst: Option<Burst>,
     /// Packets that came since there was none.
     streak: usize,
-    /// The driver may think that notifications are wanted.
-    notified: bool,
     limit: Option<LimiterTimer>,
 }
 
@@ -155,7 +153,6 @@ impl Receiver {
             behind: waiting.collect(),
             burst,
             streak: 0,
-            notified: true,
             limit,
         }
     }
@@ -211,9 +208,7 @@ impl Receiver {
         memory: &M,
         end: &dyn PacketQueue,
     ) -> Result<Progress, QueueError> {
-        if std::mem::take(&mut self.notified) {
-            queue.disable_notification(memory)?;
-        }
+        queue.disable_notification(memory)?;
         // Falls slowly, rises at once.
         self.expected = (self.expected / 2)
             .max(2 * self.seen)
@@ -251,7 +246,6 @@ impl Receiver {
                 } else if queue.enable_notification(memory)? {
                     queue.disable_notification(memory)?;
                 } else {
-                    self.notified = true;
                     return Ok(Progress::Starved);
                 }
                 continue;
