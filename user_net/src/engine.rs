@@ -3,6 +3,7 @@
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddrV4, TcpListener, UdpSocket};
+use std::ops::RangeInclusive;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time;
@@ -21,10 +22,9 @@ use crate::shared::{Shared, Token};
 use crate::stack::Stack;
 use crate::sys;
 
-/// The least that IPv4 asks of every link, plus what a TCP segment needs to have some data.
-const MIN_MTU: u16 = 576;
-/// What an offloaded segment can be at most.
-const MAX_MTU: u16 = 65_521;
+/// The MTUs that a network can have, in bytes: from what every host has to take in one piece (RFC 791 §3.1) to what an offloaded segment can be
+/// at most.
+pub const MTUS: RangeInclusive<u16> = 576..=65_521;
 /// Batches of frames that the guest may send before others have their turn.
 const MAX_BATCHES: usize = 8;
 /// Events a look.
@@ -62,7 +62,7 @@ pub enum UserNetError {
         guest: Ipv4Addr,
     },
     /// An MTU that is too small or too large.
-    #[error("user network: MTU {0} is not from 576 to 65521")]
+    #[error("user network: MTU {0} is not from {least} to {most}", least = MTUS.start(), most = MTUS.end())]
     Mtu(u16),
 }
 
@@ -84,7 +84,7 @@ impl UserNet {
     ///
     /// When a forwarded port cannot be had, the MTU is out of range, or the kernel is out of descriptors.
     pub fn new(config: &UserNetConfig) -> Result<(UserNet, OwnedFd), UserNetError> {
-        if !(MIN_MTU..=MAX_MTU).contains(&config.mtu) {
+        if !MTUS.contains(&config.mtu) {
             return Err(UserNetError::Mtu(config.mtu));
         }
         let guest = config.network.guest();

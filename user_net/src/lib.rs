@@ -60,7 +60,7 @@ pub mod testing;
 mod udp_forward;
 
 pub use config::{Network, NetworkError, Resolver, UserNetConfig};
-pub use engine::{UserNet, UserNetError};
+pub use engine::{MTUS, UserNet, UserNetError};
 pub use flow::MAX_FLOWS;
 pub use forward::{HostForward, HostForwardError, Protocol};
 pub use link::Offloads;

@@ -4,7 +4,7 @@ use std::net::{Ipv4Addr, SocketAddrV4};
 
 use option_parser::OptionText;
 use serde::{Deserialize, Serialize};
-use user_net::{HostForward, Network, Resolver, UserNetConfig};
+use user_net::{HostForward, MTUS, Network, Resolver, UserNetConfig};
 
 use super::{ConfigError, NetConfig};
 
@@ -13,10 +13,6 @@ const OPTION: &str = "--net";
 pub(super) const KEYS: [&str; 4] = ["network", "dns", "host_loopback", "hostfwd"];
 /// Of the server that `dns` names, unless it says another.
 const DNS_PORT: u16 = 53;
-/// The MTU where none is told, the least, and the most.
-const MTU: u16 = 1500;
-const LEAST_MTU: u16 = 576;
-const MOST_MTU: u16 = 65_521;
 
 /// What a `--net user` says of its network.
 #[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
@@ -108,10 +104,11 @@ impl UserNetworkConfig {
             ));
         }
         if let Some(mtu) = net.mtu
-            && !(LEAST_MTU..=MOST_MTU).contains(&mtu)
+            && !MTUS.contains(&mtu)
         {
+            let (least, most) = (MTUS.start(), MTUS.end());
             return wrong(format!(
-                "mtu={mtu} is wrong; a user network has {LEAST_MTU} to {MOST_MTU}"
+                "mtu={mtu} is wrong; a user network has {least} to {most}"
             ));
         }
         let guest = self.network.guest();
@@ -127,12 +124,13 @@ impl UserNetworkConfig {
 
     /// As the network wants to be told.
     pub fn network(&self, mtu: Option<u16>) -> UserNetConfig {
+        let default = UserNetConfig::default();
         UserNetConfig {
             network: self.network,
-            mtu: mtu.unwrap_or(MTU),
+            mtu: mtu.unwrap_or(default.mtu),
             host_loopback: self.host_loopback,
             hostfwd: self.hostfwd.clone(),
-            resolver: self.dns.map_or_else(Resolver::default, Resolver::Address),
+            resolver: self.dns.map_or(default.resolver, Resolver::Address),
         }
     }
 }
