@@ -9,7 +9,7 @@ mod request;
 mod shared;
 mod state;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
 

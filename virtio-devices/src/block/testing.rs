@@ -1,4 +1,4 @@
-//! A disk in memory that fails, waits and mixes up when a test says so, and keeps notes.
+//! A disk in memory that fails, waits and mixes up when a test says so, and keeps notes; and what drivers ask of any disk.
 #![allow(unsafe_code)]
 
 use std::collections::VecDeque;
@@ -12,7 +12,32 @@ use block_util::{
     Completion, DiskError, DiskFile, DiskIo, Geometry, IoBuf, IoOptions, LockMode, Operation,
     QueueFull, Request,
 };
+use vm_virtio::testing::Request as DriverRequest;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+/// The first 16 bytes of a request (virtio 1.2 §5.2.6).
+pub fn header(kind: u32, sector: u64) -> Vec<u8> {
+    let mut header = vec![0; 16];
+    header[..4].copy_from_slice(&kind.to_le_bytes());
+    header[8..].copy_from_slice(&sector.to_le_bytes());
+    header
+}
+
+/// Reads `len` bytes from `sector` on.
+pub fn read(sector: u64, len: u32) -> DriverRequest {
+    DriverRequest {
+        readable: header(0, sector),
+        writable: len + 1,
+    }
+}
+
+/// Writes `data` from `sector` on.
+pub fn write(sector: u64, data: &[u8]) -> DriverRequest {
+    DriverRequest {
+        readable: [&header(1, sector), data].concat(),
+        writable: 1,
+    }
+}
 
 /// What a disk was asked to do, and in which order: offset and bytes.
 #[derive(Clone, Debug, Eq, PartialEq)]

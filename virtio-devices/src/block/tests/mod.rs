@@ -17,7 +17,7 @@ use vm_virtio::{Activation, DeviceQueue, QueueV1, VirtioDevice, status};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::config::FLUSH;
-use super::testing::{Done, MemoryDisk, State};
+use super::testing::{Done, MemoryDisk, State, header, read, write};
 use super::*;
 
 const OK: u8 = 0;
@@ -33,27 +33,6 @@ fn config() -> BlockConfig {
         engine: Engine::Auto,
         affinity: Vec::new(),
         poll: true,
-    }
-}
-
-fn header(kind: u32, sector: u64) -> Vec<u8> {
-    let mut header = vec![0; 16];
-    header[..4].copy_from_slice(&kind.to_le_bytes());
-    header[8..].copy_from_slice(&sector.to_le_bytes());
-    header
-}
-
-fn read(sector: u64, len: u32) -> Request {
-    Request {
-        readable: header(0, sector),
-        writable: len + 1,
-    }
-}
-
-fn write(sector: u64, data: &[u8]) -> Request {
-    Request {
-        readable: [&header(1, sector), data].concat(),
-        writable: 1,
     }
 }
 

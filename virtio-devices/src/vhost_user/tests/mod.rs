@@ -16,6 +16,7 @@ use vm_virtio::testing::{Guest, MEMORY_SIZE, Request, SEAM, TestInterrupt, TestM
 use vm_virtio::{VirtioDevice, Worker, status};
 
 use super::*;
+use crate::block::testing::{read, write};
 use backend::{Manner, Server};
 
 const OK: u8 = 0;
@@ -65,27 +66,6 @@ fn guest(device: VhostUserBlock<TestMemory>) -> Guest {
     let mut guest = Guest::with_memory(Box::new(device), shared_memory());
     guest.start(u64::MAX);
     guest
-}
-
-fn header(kind: u32, sector: u64) -> Vec<u8> {
-    let mut header = vec![0; 16];
-    header[..4].copy_from_slice(&kind.to_le_bytes());
-    header[8..].copy_from_slice(&sector.to_le_bytes());
-    header
-}
-
-fn read(sector: u64, len: u32) -> Request {
-    Request {
-        readable: header(0, sector),
-        writable: len + 1,
-    }
-}
-
-fn write(sector: u64, data: &[u8]) -> Request {
-    Request {
-        readable: [&header(1, sector), data].concat(),
-        writable: 1,
-    }
 }
 
 fn asks_for_reset(guest: &Guest) -> bool {
