@@ -8,6 +8,11 @@ use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
+#[path = "guest/pattern.rs"]
+mod pattern;
+
+pub use pattern::pattern;
+
 use crate::linux::Linux;
 use crate::net::{enter_network_of, listen};
 use crate::support::report::finish;
@@ -34,18 +39,6 @@ const STREAM: usize = 1 << 20;
 const FULL: usize = 9014;
 /// Bytes of datagrams; the last is more than one packet takes.
 const DATAGRAMS: [usize; 5] = [1, 100, 1472, 8972, 30_000];
-
-/// The bytes of stream or datagram `seed`.
-pub fn pattern(seed: u32, len: usize) -> Vec<u8> {
-    let mut x = seed.wrapping_mul(2_654_435_761) | 1;
-    let words = std::iter::from_fn(|| {
-        x ^= x << 13;
-        x ^= x >> 17;
-        x ^= x << 5;
-        Some(x.to_le_bytes())
-    });
-    words.flatten().take(len).collect()
-}
 
 /// Waits for a connection, and a guest that has failed is not waited for.
 #[allow(unsafe_code)]

@@ -11,6 +11,7 @@ use tempfile::TempDir;
 
 use crate::linux::Linux;
 use crate::support::{BareMetal, Kvm, Vmm, initramfs, report, test_guest};
+use crate::traffic::pattern;
 
 /// Where the sockets of a test are.
 struct Place(TempDir);
@@ -157,17 +158,6 @@ fn many_bytes_each_way() {
         .start();
     report::finish(vmm.wait(), &["virtio_vsock_bulk"]);
     server.join().unwrap();
-}
-
-/// The bytes that stream `id` of the Linux guest sends (`guest/vsock.rs`).
-fn pattern(id: u32, len: usize) -> Vec<u8> {
-    let byte = |n: u32| {
-        let mixed = n
-            .wrapping_mul(2_654_435_761)
-            .wrapping_add(id.wrapping_mul(40_503));
-        (mixed >> 13) as u8
-    };
-    (0..len as u32).map(byte).collect()
 }
 
 /// Takes the 64 streams: each sends its number and bytes, and gets others at the same time.

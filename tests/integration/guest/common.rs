@@ -1,26 +1,19 @@
 //! What programs for the Linux guest that talk with the host share.
 
+#[path = "pattern.rs"]
+mod pattern;
+
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::process::Command;
 use std::thread;
 
+pub use pattern::pattern;
+
 /// Bytes each way in a stream.
 const STREAM: usize = 1 << 20;
 
 pub type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
-
-/// The bytes of stream or datagram `seed`: the host knows them as well.
-pub fn pattern(seed: u32, len: usize) -> Vec<u8> {
-    let mut x = seed.wrapping_mul(2_654_435_761) | 1;
-    let words = std::iter::from_fn(|| {
-        x ^= x << 13;
-        x ^= x >> 17;
-        x ^= x << 5;
-        Some(x.to_le_bytes())
-    });
-    words.flatten().take(len).collect()
-}
 
 /// Runs a command of busybox to its good end; what it said.
 pub fn busybox(words: &[&str]) -> Result<String> {

@@ -1,10 +1,14 @@
 //! A program for the Linux guest: `AF_VSOCK` sockets against programs of the host. `tests/integration/vsock.rs` builds it, packs it
 //! into the initramfs as `/tests/vsock`, and is its peer. Says a line `CH-VSOCK: ...` for each thing that works; ends with 0 if all does.
 
+mod pattern;
+
 use std::fs::File;
 use std::io::{self, ErrorKind, Read, Write};
 use std::mem;
 use std::os::fd::FromRawFd;
+
+use pattern::pattern;
 
 const AF_VSOCK: i32 = 40;
 const SOCK_STREAM: i32 = 1;
@@ -97,17 +101,6 @@ fn address(cid: u32, port: u32) -> Address {
         cid,
         ..Address::default()
     }
-}
-
-/// The bytes that stream `id` sends; the host's are those of `!id`.
-fn pattern(id: u32, len: usize) -> Vec<u8> {
-    (0..len as u32)
-        .map(|n| {
-            (n.wrapping_mul(2_654_435_761)
-                .wrapping_add(id.wrapping_mul(40_503))
-                >> 13) as u8
-        })
-        .collect()
 }
 
 fn say(what: &str) {
