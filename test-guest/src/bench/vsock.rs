@@ -12,66 +12,63 @@ use crate::virtio::vsock::{MOST, NOTHING, Packet, Stream, Vsock, op};
 const GUEST_TX: u32 = 2000;
 const GUEST_RX: u32 = 2001;
 
-const NONE: Count = Count {
-    operations: 0,
-    ticks: 0,
-    kicks: 0,
-};
-
 /// Sends.
 pub fn transmit() -> Outcome {
     at_cpl3(|| {
-        let mut vsock = Vsock::open()?;
-        let mut stream = vsock.connect(5001, GUEST_TX)?;
-        measure(|limit| {
-            let mut count = NONE;
-            let before = vsock.kicks;
-            let start = rdtsc();
-            loop {
-                // What the buffers hold is as good as anything.
-                count.operations += u64::from(vsock.push(&mut stream, MOST, |_, _| {})?);
-                while let Some(packet) = vsock.poll()? {
-                    same("only credit", packet.op.into(), op::CREDIT_UPDATE.into())?;
-                    vsock.done(&mut stream, &packet)?;
-                }
-                count.ticks = rdtsc().wrapping_sub(start);
-                if limit.reached(count.operations, count.ticks) {
-                    count.kicks = vsock.kicks - before;
-                    return Ok(count);
-                }
+        run(5001, GUEST_TX, |vsock, stream, _| {
+            // What the buffers hold is as good as anything.
+            let sent = vsock.push(stream, MOST, |_, _| {})?;
+            while let Some(packet) = vsock.poll()? {
+                same("only credit", packet.op.into(), op::CREDIT_UPDATE.into())?;
+                vsock.done(stream, &packet)?;
             }
-        })?;
-        leave(&mut vsock, &mut stream)
+            Ok(sent)
+        })
     })
 }
 
 /// Receives.
 pub fn receive() -> Outcome {
     at_cpl3(|| {
-        let mut vsock = Vsock::open()?;
-        let mut stream = vsock.connect(5002, GUEST_RX)?;
-        measure(|limit| {
-            let mut count = NONE;
-            let before = vsock.kicks;
-            let start = rdtsc();
-            let mut told = 0;
-            loop {
-                let packet = vsock.receive()?;
-                take(&mut vsock, &mut stream, &packet)?;
-                count.operations += u64::from(packet.length);
-                if packet.op == op::CREDIT_REQUEST || count.operations - told >= 4 * MOST {
-                    vsock.send(&mut stream, op::CREDIT_UPDATE, 0, 0, |_| {})?;
-                    told = count.operations;
-                }
-                count.ticks = rdtsc().wrapping_sub(start);
-                if limit.reached(count.operations, count.ticks) {
-                    count.kicks = vsock.kicks - before;
-                    return Ok(count);
-                }
+        let mut told = 0;
+        run(5002, GUEST_RX, |vsock, stream, before| {
+            let packet = vsock.receive()?;
+            take(vsock, stream, &packet)?;
+            let all = before + u64::from(packet.length);
+            if packet.op == op::CREDIT_REQUEST || all - told >= 4 * MOST {
+                vsock.send(stream, op::CREDIT_UPDATE, 0, 0, |_| {})?;
+                told = all;
             }
-        })?;
-        leave(&mut vsock, &mut stream)
+            Ok(packet.length)
+        })
     })
+}
+
+/// Measures a stream from `ours` to `port` of the host. `step` moves bytes, given how many were moved before it, and gives how many.
+fn run(
+    port: u32,
+    ours: u32,
+    mut step: impl FnMut(&mut Vsock, &mut Stream, u64) -> Outcome<u32>,
+) -> Outcome {
+    let mut vsock = Vsock::open()?;
+    let mut stream = vsock.connect(port, ours)?;
+    measure(|limit| {
+        let kicks = vsock.kicks;
+        let start = rdtsc();
+        let mut operations = 0;
+        loop {
+            operations += u64::from(step(&mut vsock, &mut stream, operations)?);
+            let ticks = rdtsc().wrapping_sub(start);
+            if limit.reached(operations, ticks) {
+                return Ok(Count {
+                    operations,
+                    ticks,
+                    kicks: vsock.kicks - kicks,
+                });
+            }
+        }
+    })?;
+    leave(&mut vsock, &mut stream)
 }
 
 fn take(vsock: &mut Vsock, stream: &mut Stream, packet: &Packet) -> Outcome {
