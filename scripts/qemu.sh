@@ -54,9 +54,14 @@ net() {
     local name
     name=$(value "$1" tap)
     machine=q35
-    devices+=(-netdev "tap,id=n,script=no,downscript=no,vhost=off${name:+,ifname=$name}"
+    devices+=(-netdev "tap,id=n,script=$(realpath "$0"),downscript=no,vhost=off${name:+,ifname=$name}"
         -device 'virtio-net-pci,disable-legacy=on,netdev=n,rx_queue_size=256,tx_queue_size=256')
 }
+
+# QEMU calls this script, too, with the tap that it made.
+if [ $# -eq 1 ]; then
+    exec ip link set "$1" up
+fi
 
 while [ $# -gt 0 ]; do
     option=$1
