@@ -19,7 +19,7 @@ use std::sync::Arc;
 
 use block_util::{Completion, DiskIo, IoBuf, LimiterTimer};
 use log::debug;
-use vm_memory::bitmap::Bitmap;
+use vm_memory::bitmap::{BS, Bitmap};
 use vm_memory::{GuestAddressSpace, GuestMemory};
 use vm_virtio::{
     Chain, Context, DeviceMemory, DeviceQueue, EventSet, Fault, Outcome, QueueError, QueueHandler,
@@ -423,7 +423,8 @@ impl<M: DeviceMemory> Flight<M> {
         let mapping = slot.mapping.take()?;
         let memory: &M::M = mapping.deref();
         self.free.push(index);
-        if slot.reads {
+        // Where memory keeps no note of what is written, there is nothing to look up.
+        if slot.reads && size_of::<BS<'_, <M::M as GuestMemory>::Bitmap>>() > 0 {
             // The disk wrote through pointers, which told nobody; where it failed, any part of it.
             let data = slot.chain.writable_len().saturating_sub(1) as usize;
             let marked = slot.chain.writer(memory).slices(data, |slice| {

@@ -90,10 +90,9 @@ impl Request {
             return Ok(Err(Status::IoError));
         };
         let mut reader = chain.reader(memory);
-        let kind: Le32 = reader.read_obj()?;
-        reader.skip(4)?;
-        let sector = u64::from(reader.read_obj::<Le64>()?);
-        Ok(match u32::from(kind) {
+        // Type, something reserved, and sector.
+        let [low, sector] = reader.read_obj::<[u64; 2]>()?.map(u64::from_le);
+        Ok(match low as u32 {
             VIRTIO_BLK_T_IN => limits
                 .transfer(sector, room)
                 .map(|offset| Self::Read { offset, len: room }),

@@ -31,8 +31,7 @@ impl DeviceQueue {
         if !self.is_served() {
             return Ok(0);
         }
-        self.load_available(memory)
-            .map_err(|fault| self.error(fault))
+        super::available_index(&self.available_head(memory)).map_err(|fault| self.error(fault))
     }
 
     /// The queue is the device's again, after another has served it who popped chains up to `next_available`. Where nobody knows how

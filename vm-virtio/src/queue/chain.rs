@@ -1,8 +1,9 @@
 //! One descriptor chain, read from guest memory once and checked (virtio 1.2 §2.7.4, §2.7.5).
 
 use virtio_queue::desc::split::Descriptor;
-use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, Permissions};
+use vm_memory::{Address, GuestAddress, GuestMemory, Permissions};
 
+use super::area::Area;
 use super::cursor::{Reader, Writer};
 use super::fault::Fault;
 
@@ -37,10 +38,9 @@ pub struct Chain {
     writable_len: u32,
 }
 
-/// Where the descriptors of a queue are.
-#[derive(Clone, Copy)]
-pub(super) struct Table {
-    pub address: GuestAddress,
+/// The descriptors of a queue.
+pub(super) struct Table<'a, M: GuestMemory> {
+    pub area: Area<'a, M>,
     pub size: u16,
     /// INDIRECT_DESC was negotiated.
     pub indirect: bool,
@@ -94,10 +94,10 @@ impl Chain {
     }
 
     /// Fills itself with the chain that starts at descriptor `head` of `table`.
-    pub(super) fn fill<M: GuestMemory>(
+    pub(super) fn fill<'a, M: GuestMemory>(
         &mut self,
-        memory: &M,
-        table: Table,
+        memory: &'a M,
+        table: &Table<'a, M>,
         head: u16,
     ) -> Result<(), Fault> {
         *self = Self {
@@ -107,10 +107,9 @@ impl Chain {
         };
         self.buffers.clear();
 
-        let mut address = table.address;
+        let mut indirect = None;
         let mut size = u32::from(table.size);
         let mut limit = size;
-        let mut in_indirect = false;
         let mut index = head;
         let mut seen = 0;
         loop {
@@ -121,19 +120,19 @@ impl Chain {
                 return Err(Fault::Endless { head, limit });
             }
             seen += 1;
-            let at = address
-                .checked_add(u64::from(index) * u64::from(DESCRIPTOR))
-                .ok_or(Fault::Index { index, size })?;
-            let descriptor: Descriptor = memory.read_obj(at).map_err(|source| Fault::Memory {
+            let area = indirect.as_ref().unwrap_or(&table.area);
+            let at = usize::from(index) * DESCRIPTOR as usize;
+            let descriptor: Descriptor = area.read(at).map_err(|source| Fault::Memory {
                 what: "descriptor table",
                 source,
             })?;
             if descriptor.refers_to_indirect_table() {
-                check_indirect(&descriptor, table, head, in_indirect)?;
-                address = descriptor.addr();
+                check_indirect(&descriptor, table.indirect, head, indirect.is_some())?;
+                let bytes = descriptor.len() as usize;
+                let (start, access) = (descriptor.addr(), Permissions::Read);
+                indirect = Some(Area::new(memory, start, bytes, access));
                 size = descriptor.len() / DESCRIPTOR;
                 limit = u32::from(table.size.max(MAX_INDIRECT));
-                in_indirect = true;
                 index = 0;
                 continue;
             }
@@ -183,11 +182,11 @@ impl Chain {
 /// The rules of §2.7.5.3.1.
 fn check_indirect(
     descriptor: &Descriptor,
-    table: Table,
+    negotiated: bool,
     head: u16,
     in_indirect: bool,
 ) -> Result<(), Fault> {
-    let what = if !table.indirect {
+    let what = if !negotiated {
         "is there though the feature was not negotiated"
     } else if in_indirect {
         "refers to another one"

@@ -1,5 +1,6 @@
 //! The device's side of a split virtqueue (virtio 1.2 §2.7): chains popped and checked, used ring, notifications both ways.
 
+mod area;
 mod away;
 mod chain;
 mod cursor;
@@ -21,6 +22,7 @@ pub use cursor::{Reader, Slice, Writer};
 pub use fault::{Fault, QueueError};
 
 use crate::VirtioInterrupt;
+use area::Area;
 use chain::Table;
 
 /// Where the driver put a queue, how far the device is with it, and whether it is served: as it is saved.
@@ -76,6 +78,12 @@ pub enum Next {
     Wait,
     /// There is more, but it is the turn of others: serve the queue again without waiting.
     Again,
+}
+
+/// The rings that the driver writes.
+struct Rings<'a, M: GuestMemory> {
+    available: Area<'a, M>,
+    descriptors: Table<'a, M>,
 }
 
 /// One queue as the device uses it. A queue that the driver did not enable, or that had a fault, has no chains.
@@ -284,12 +292,40 @@ impl DeviceQueue {
         memory: &M,
         chain: &mut Chain,
     ) -> Result<bool, QueueError> {
-        self.try_pop(memory, chain)
+        if !self.is_served() {
+            return Ok(false);
+        }
+        self.try_pop(memory, &self.rings(memory), chain)
             .map_err(|fault| self.error(fault))
     }
 
-    fn try_pop<M: GuestMemory>(&mut self, memory: &M, chain: &mut Chain) -> Result<bool, Fault> {
-        if !self.is_served() || !self.look(memory)? {
+    /// Flags and index of the available ring.
+    fn available_head<'a, M: GuestMemory>(&self, memory: &'a M) -> Area<'a, M> {
+        let start = GuestAddress(self.ring.avail_ring());
+        Area::new(memory, start, 4, Permissions::Read)
+    }
+
+    fn rings<'a, M: GuestMemory>(&self, memory: &'a M) -> Rings<'a, M> {
+        let size = self.ring.size();
+        let entries = usize::from(size);
+        let area = |start, len| Area::new(memory, GuestAddress(start), len, Permissions::Read);
+        Rings {
+            available: area(self.ring.avail_ring(), 4 + 2 * entries),
+            descriptors: Table {
+                area: area(self.ring.desc_table(), 16 * entries),
+                size,
+                indirect: self.indirect,
+            },
+        }
+    }
+
+    fn try_pop<'a, M: GuestMemory>(
+        &mut self,
+        memory: &'a M,
+        rings: &Rings<'a, M>,
+        chain: &mut Chain,
+    ) -> Result<bool, Fault> {
+        if !self.look(&rings.available)? {
             return Ok(false);
         }
         let (next, size) = (self.ring.next_avail(), self.ring.size());
@@ -299,29 +335,20 @@ impl DeviceQueue {
                 size,
             });
         }
-        // Within the ring, which was in memory when the queue was set up.
-        let slot = GuestAddress(self.ring.avail_ring())
-            .unchecked_add(4 + 2 * u64::from(next & (size - 1)));
-        let head: u16 = memory
-            .load(slot, Ordering::Relaxed)
-            .map(u16::from_le)
-            .map_err(in_available)?;
-        let table = Table {
-            address: GuestAddress(self.ring.desc_table()),
-            size,
-            indirect: self.indirect,
-        };
-        chain.fill(memory, table, head)?;
+        let slot = 4 + 2 * usize::from(next & (size - 1));
+        let head = rings.available.load(slot, Ordering::Relaxed);
+        let head = head.map(u16::from_le).map_err(in_available)?;
+        chain.fill(memory, &rings.descriptors, head)?;
         self.promised = false;
         self.ring.set_next_avail(next.wrapping_add(1));
         Ok(true)
     }
 
     /// Whether there are chains to pop.
-    fn look<M: GuestMemory>(&mut self, memory: &M) -> Result<bool, Fault> {
+    fn look<M: GuestMemory>(&mut self, available: &Area<'_, M>) -> Result<bool, Fault> {
         let next = self.ring.next_avail();
         if self.seen == next {
-            let index = self.load_available(memory)?;
+            let index = available_index(available)?;
             let count = index.wrapping_sub(next);
             if count > self.ring.size() {
                 return Err(Fault::Offered {
@@ -332,18 +359,6 @@ impl DeviceQueue {
             self.seen = index;
         }
         Ok(self.seen != next)
-    }
-
-    /// The index of the available ring.
-    fn load_available<M: GuestMemory>(&self, memory: &M) -> Result<u16, Fault> {
-        // Acquire: what the driver wrote before it moved the index is seen after.
-        memory
-            .load(
-                GuestAddress(self.ring.avail_ring()).unchecked_add(2),
-                Ordering::Acquire,
-            )
-            .map(u16::from_le)
-            .map_err(in_available)
     }
 
     /// Puts the chain that was popped last back into the available ring, untouched.
@@ -519,7 +534,8 @@ impl DeviceQueue {
         if !self.is_served() {
             return Ok(false);
         }
-        self.look(memory).map_err(|fault| self.error(fault))
+        let available = self.available_head(memory);
+        self.look(&available).map_err(|fault| self.error(fault))
     }
 
     /// Serves what the driver made available: pops chains and has `request` handle them, gives those back that are done,
@@ -586,10 +602,18 @@ impl DeviceQueue {
         turns: &mut u16,
         request: &mut impl FnMut(&mut Chain) -> Result<Outcome, Fault>,
     ) -> Result<Taken, QueueError> {
+        if !self.is_served() {
+            return Ok(Taken::Nothing);
+        }
         self.disable_notification(memory)?;
         let promised = std::mem::take(&mut self.promised);
         let mut taken = Taken::Nothing;
-        while *turns > 0 && self.pop(memory, chain)? {
+        let rings = self.rings(memory);
+        while *turns > 0
+            && self
+                .try_pop(memory, &rings, chain)
+                .map_err(|fault| self.error(fault))?
+        {
             taken = Taken::Some;
             let head = chain.head();
             match request(chain).map_err(|fault| self.error(fault))? {
@@ -620,6 +644,13 @@ impl DeviceQueue {
         };
         self.error(fault)
     }
+}
+
+/// How many chains the driver has made available so far.
+fn available_index<M: GuestMemory>(available: &Area<'_, M>) -> Result<u16, Fault> {
+    // Acquire: what the driver wrote before it moved the index is seen after.
+    let index = available.load(2, Ordering::Acquire);
+    index.map(u16::from_le).map_err(in_available)
 }
 
 fn in_available(source: GuestMemoryError) -> Fault {
