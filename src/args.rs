@@ -4,9 +4,11 @@
 use anyhow::Result;
 use argh::FromArgs;
 use vmm::config::{
-    BalloonConfig, ConsoleConfig, CpusConfig, DiskConfig, MemoryConfig, NetConfig, PayloadConfig,
-    PmemConfig, RateLimitGroupConfig, RngConfig, VmConfig, VsockConfig,
+    BalloonConfig, ConsoleConfig, CpusConfig, DiskConfig, MemoryConfig, NetConfig, Offered,
+    PayloadConfig, PmemConfig, RateLimitGroupConfig, VmConfig, VsockConfig,
 };
+
+use crate::offered;
 
 /// A virtual machine monitor for modern cloud workloads on KVM.
 ///
@@ -75,10 +77,6 @@ pub struct Args {
     #[argh(option, arg_name = "list")]
     pub vsock: Option<String>,
 
-    /// src=FILE (/dev/urandom), iommu=on|off (off): entropy; the device is always there
-    #[argh(option, arg_name = "list", default = "String::new()")]
-    pub rng: String,
-
     /// file=FILE or a directory, size=S (the file's; a multiple of 2M), mergeable=on|off, discard_writes=on|off (off),
     /// iommu=on|off (off), id=NAME: persistent memory; one list a device
     #[argh(option, arg_name = "list")]
@@ -91,10 +89,6 @@ pub struct Args {
     /// a device by which the guest tells that it panicked; the log then says so
     #[argh(switch)]
     pub pvpanic: bool,
-
-    /// a device to which the guest gives signs of life; 15 s without one, and the VM starts anew
-    #[argh(switch)]
-    pub watchdog: bool,
 
     /// COM1: off, null (default), tty, pty, file=PATH, or socket=PATH
     #[argh(option, arg_name = "mode", default = "\"null\".into()")]
@@ -126,11 +120,20 @@ pub struct Args {
     pub version: bool,
 }
 
+/// A command line that is to be run.
+#[derive(Debug)]
+pub struct Run {
+    /// What argh knows.
+    pub args: Args,
+    /// What it doesn't.
+    offered: Offered,
+}
+
 /// What the command line asks for.
 #[derive(Debug)]
 pub enum Parsed {
     /// Run a VM.
-    Run(Box<Args>),
+    Run(Box<Run>),
     /// Print this and end well.
     Print(String),
     /// It is wrong; the line says what.
@@ -159,7 +162,11 @@ const NOT_BUILT: &[&str] = &[
 
 /// Reads the words after the program's name.
 pub fn parse(words: &[String]) -> Parsed {
-    let words = repeat_lists(&split_equals(words));
+    let (offered, words) = match offered::take(&split_equals(words)) {
+        Ok(taken) => taken,
+        Err(error) => return Parsed::Wrong(error.to_string()),
+    };
+    let words = repeat_lists(&words);
     for word in &words {
         if let Some(name) = word.strip_prefix("--")
             && NOT_BUILT.contains(&name)
@@ -172,8 +179,8 @@ pub fn parse(words: &[String]) -> Parsed {
         Ok(args) if args.version => {
             Parsed::Print(format!("cloud-hypervisor v{}", env!("CARGO_PKG_VERSION")))
         }
-        Ok(args) => Parsed::Run(Box::new(args)),
-        Err(exit) if exit.status.is_ok() => Parsed::Print(exit.output),
+        Ok(args) => Parsed::Run(Box::new(Run { args, offered })),
+        Err(exit) if exit.status.is_ok() => Parsed::Print(offered::complete_help(&exit.output)),
         Err(exit) => {
             let line = exit.output.split_whitespace().collect::<Vec<_>>().join(" ");
             Parsed::Wrong(format!("{line} (--help lists the options)"))
@@ -222,7 +229,7 @@ fn repeat_lists(words: &[String]) -> Vec<String> {
                     out.extend([word.clone(), value.clone()]);
                 }
             }
-            "--api-socket" | "--rng" | "--cpus" | "--memory" | "--balloon" => {
+            "--api-socket" | "--cpus" | "--memory" | "--balloon" => {
                 out.push(
                     words
                         .next_if(|w| !is_option(w))
@@ -236,16 +243,17 @@ fn repeat_lists(words: &[String]) -> Vec<String> {
     out
 }
 
-impl Args {
+impl Run {
     /// The VM to boot; none where one comes through the API.
     pub fn vm(&self) -> Result<Option<VmConfig>> {
         let config = self.vm_config()?;
-        if self.kernel.is_some() || self.api_socket.is_none() {
+        let Self { args, .. } = self;
+        if args.kernel.is_some() || args.api_socket.is_none() {
             config.validate()?;
             return Ok(Some(config));
         }
         // Whoever describes a machine wants it started.
-        if config != VmConfig::default() || self.initramfs.is_some() || self.cmdline.is_some() {
+        if config != VmConfig::default() || args.initramfs.is_some() || args.cmdline.is_some() {
             anyhow::bail!(
                 "--kernel is missing; without it a VM comes through the API alone, with its options"
             );
@@ -255,50 +263,50 @@ impl Args {
 
     /// The VM that the options describe.
     pub fn vm_config(&self) -> Result<VmConfig> {
-        if self.seccomp != "false" {
-            anyhow::bail!("--seccomp: {:?} is not built yet; false is", self.seccomp);
+        let Self { args, offered } = self;
+        if args.seccomp != "false" {
+            anyhow::bail!("--seccomp: {:?} is not built yet; false is", args.seccomp);
         }
-        let payload = self.kernel.as_ref().map(|kernel| PayloadConfig {
+        let payload = args.kernel.as_ref().map(|kernel| PayloadConfig {
             kernel: kernel.into(),
-            initramfs: self.initramfs.as_ref().map(Into::into),
-            cmdline: self.cmdline.clone().unwrap_or_default(),
+            initramfs: args.initramfs.as_ref().map(Into::into),
+            cmdline: args.cmdline.clone().unwrap_or_default(),
         });
         Ok(VmConfig {
-            cpus: CpusConfig::parse(&self.cpus)?,
-            memory: MemoryConfig::parse(&self.memory)?,
+            cpus: CpusConfig::parse(&args.cpus)?,
+            memory: MemoryConfig::parse(&args.memory)?,
             payload,
-            serial: ConsoleConfig::parse("--serial", &self.serial)?,
-            console: match &self.console {
+            serial: ConsoleConfig::parse("--serial", &args.serial)?,
+            console: match &args.console {
                 None => None,
                 Some(mode) => Some(ConsoleConfig::parse("--console", mode)?),
             },
-            disks: self
+            disks: args
                 .disk
                 .iter()
                 .map(|text| DiskConfig::parse(text))
                 .collect::<Result<_, _>>()?,
-            rate_limit_groups: self
+            rate_limit_groups: args
                 .rate_limit_group
                 .iter()
                 .map(|text| RateLimitGroupConfig::parse(text))
                 .collect::<Result<_, _>>()?,
-            net: self
+            net: args
                 .net
                 .iter()
                 .map(|text| NetConfig::parse(text))
                 .collect::<Result<_, _>>()?,
-            rng: RngConfig::parse(&self.rng)?,
-            pvpanic: self.pvpanic,
-            watchdog: self.watchdog,
-            vsock: match &self.vsock {
+            pvpanic: args.pvpanic,
+            offered: offered.clone(),
+            vsock: match &args.vsock {
                 None => None,
                 Some(text) => Some(VsockConfig::parse(text)?),
             },
-            balloon: match &self.balloon {
+            balloon: match &args.balloon {
                 None => None,
                 Some(text) => Some(BalloonConfig::parse(text)?),
             },
-            pmem: self
+            pmem: args
                 .pmem
                 .iter()
                 .map(|text| PmemConfig::parse(text))
@@ -329,7 +337,7 @@ mod tests {
         )) else {
             panic!("refused");
         };
-        assert_eq!(args.verbosity, 3);
+        assert_eq!(args.args.verbosity, 3);
         let config = args.vm_config().unwrap();
         assert_eq!(config.cpus.boot, 2);
         assert_eq!(config.memory.size, 1 << 30);
@@ -370,16 +378,16 @@ mod tests {
             .map(|d| d.path.to_str().unwrap())
             .collect();
         assert_eq!(paths, ["a", "b", "c"]);
-        assert_eq!(args.verbosity, 1);
+        assert_eq!(args.args.verbosity, 1);
         assert_eq!(config.net, [NetConfig::default(), NetConfig::default()]);
-        assert_eq!(config.rng, RngConfig::default());
+        assert_eq!(config.offered, Offered::default());
         assert_eq!(config.cpus, CpusConfig::default());
     }
 
     #[test]
     fn without_a_kernel_a_vm_comes_through_the_api() {
         let vm = |line| match parse(&words(line)) {
-            Parsed::Run(args) => args.vm(),
+            Parsed::Run(run) => run.vm(),
             other => panic!("{line}: {other:?}"),
         };
         for line in ["--api-socket", "--api-socket /s", "--api-socket=fd=3 -v"] {

@@ -3,6 +3,7 @@
 
 mod args;
 mod logger;
+mod offered;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -25,7 +26,7 @@ fn main() -> ExitCode {
         Err(word) => return fail(&anyhow!("argument {word:?} is not UTF-8")),
     };
     match args::parse(&words) {
-        args::Parsed::Run(args) => match start(&args) {
+        args::Parsed::Run(run) => match start(&run) {
             Ok(()) => ExitCode::SUCCESS,
             Err(e) => fail(&e),
         },
@@ -44,9 +45,10 @@ fn fail(error: &anyhow::Error) -> ExitCode {
     ExitCode::FAILURE
 }
 
-fn start(args: &args::Args) -> Result<()> {
+fn start(run: &args::Run) -> Result<()> {
+    let args = &run.args;
     logger::install(args.log_file.as_deref(), args.verbosity)?;
-    let config = args.vm()?;
+    let config = run.vm()?;
     restore_terminal_on_panic();
     restrict_new_files();
     let socket = api_socket(args.api_socket.as_deref())?;

@@ -13,7 +13,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use vmm::config::{
     BalloonConfig, ConfigError, ConsoleConfig, CpusConfig, DiskConfig, MemoryConfig, NetConfig,
-    PmemConfig, RateLimitGroupConfig, RngConfig, VmConfig, VsockConfig,
+    PmemConfig, RateLimitGroupConfig, VmConfig, VsockConfig,
 };
 
 /// Goes through JSON and must come back the same.
@@ -73,7 +73,10 @@ fuzz_target!(|data: &[u8]| {
         1 => config.cpus = read("--cpus", CpusConfig::parse(text)).unwrap_or_default(),
         2 => config.memory = read("--memory", MemoryConfig::parse(text)).unwrap_or_default(),
         3 => config.disks.extend(read("--disk", DiskConfig::parse(text))),
-        4 => config.rng = read("--rng", RngConfig::parse(text)).unwrap_or_default(),
+        4 => {
+            let known = config.offered.set("--rng", text).map_err(Into::into);
+            assert!(read("--rng", known).unwrap_or(true));
+        }
         5 => config.net.extend(read("--net", NetConfig::parse(text))),
         6 => {
             let serial = ConsoleConfig::parse("--serial", text);

@@ -61,14 +61,13 @@ mod discard;
 pub mod iommu;
 mod mem;
 mod net;
+mod offer;
 mod pieces;
 mod pmem;
-mod rng;
 pub mod transport;
 mod unix;
 pub mod vhost_user;
 mod vsock;
-mod watchdog;
 
 pub use balloon::{
     Balloon, BalloonConfig, BalloonControl, BalloonError, BalloonStatistics, BalloonV1,
@@ -78,7 +77,12 @@ pub use console::{Console, ConsoleError, ConsoleHandle, ConsoleInput, ConsoleV1}
 pub use discard::{DiscardError, DiscardRam};
 pub use mem::{MEM_BLOCK, Mem, MemConfig, MemControl, MemError, MemV1};
 pub use net::{NET_OFFLOADS, Net, NetConfig, NetControl, NetError, NetV1, PacketQueue};
+pub use offer::{HostError, Made, Offer, OfferError, OfferedOption, Services};
 pub use pmem::{Pmem, PmemConfig};
-pub use rng::{Rng, RngError};
 pub use vsock::{MOST_VSOCK_STREAMS, Vsock, VsockError, VsockListener, VsockV1};
-pub use watchdog::Watchdog;
+
+// Devices that need no more than their file: a VMM finds option, configuration and device by this list.
+offer::offered! {
+    rng: RngConfig,
+    watchdog: WatchdogConfig,
+}

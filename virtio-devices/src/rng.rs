@@ -7,6 +7,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use log::debug;
+use option_parser::{OptionError, OptionText};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
@@ -17,6 +18,8 @@ use vm_virtio::{
     Activation, Chain, Context, DeviceError, DeviceMemory, DeviceQueue, EventSet, Fault, Outcome,
     QueueError, QueueHandler, Source, VirtioDevice, Worker,
 };
+
+use crate::offer::{HostError, Offer, Services};
 
 /// Entries of the queue.
 const QUEUE_SIZE: u16 = 256;
@@ -52,6 +55,52 @@ pub enum RngError {
         #[source]
         source: io::Error,
     },
+}
+
+/// What can be chosen of the device, which is always there.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RngConfig {
+    /// A file whose bytes are random.
+    pub src: PathBuf,
+    /// Behind the virtual IOMMU.
+    pub iommu: bool,
+}
+
+impl Default for RngConfig {
+    fn default() -> Self {
+        Self {
+            src: "/dev/urandom".into(),
+            iommu: false,
+        }
+    }
+}
+
+impl Offer for RngConfig {
+    const HELP: &'static str =
+        "src=FILE (/dev/urandom), iommu=on|off (off): entropy; the device is always there";
+    const VALUE: Option<&'static str> = Some("list");
+
+    fn parse(option: &'static str, text: &str) -> Result<Self, OptionError> {
+        let text = OptionText::parse(option, &["src", "iommu"], text)?;
+        let default = Self::default();
+        Ok(Self {
+            src: text.text("src").map_or(default.src, PathBuf::from),
+            iommu: text.toggle("iommu")?.unwrap_or(default.iommu),
+        })
+    }
+
+    fn iommu(&self) -> bool {
+        self.iommu
+    }
+
+    fn make<M: DeviceMemory>(
+        &self,
+        id: &str,
+        _: &Services,
+    ) -> Result<Option<Box<dyn VirtioDevice<M>>>, HostError> {
+        Ok(Some(Box::new(Rng::open(id, &self.src)?)))
+    }
 }
 
 /// An entropy device.
@@ -316,6 +365,18 @@ mod tests {
     fn a_request_is_bounded() {
         let mut guest = Guest::running(open(Path::new("/dev/urandom")));
         assert_eq!(guest.ask(0, &room(300_000)).len(), 64 << 10);
+    }
+
+    #[test]
+    fn options_have_defaults_and_mistakes_are_named() {
+        let parse = |text| RngConfig::parse("--rng", text);
+        assert_eq!(parse("").unwrap(), RngConfig::default());
+        let rng = parse("src=/dev/hwrng,iommu=off").unwrap();
+        assert_eq!(rng.src.to_str(), Some("/dev/hwrng"));
+        for wrong in ["iommu=2", "source=/x"] {
+            let error = parse(wrong).unwrap_err().to_string();
+            assert!(error.starts_with("--rng: "), "{error}");
+        }
     }
 
     #[test]

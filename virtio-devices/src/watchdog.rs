@@ -15,6 +15,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use log::debug;
+use option_parser::OptionError;
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ids::VIRTIO_ID_WATCHDOG;
 use vm_memory::GuestMemory;
@@ -26,10 +27,46 @@ use vm_virtio::{
 };
 use vmm_sys_util::timerfd::TimerFd;
 
+use crate::offer::{HostError, Offer, Services};
+
+/// As long as the drivers that there are expect.
+const TIMEOUT: Duration = Duration::from_secs(15);
 /// Entries of the queue.
 const QUEUE_SIZE: u16 = 16;
 /// What a writable byte becomes.
 const ALIVE: u8 = 1;
+
+/// Whether there is one.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(transparent)]
+pub struct WatchdogConfig(pub bool);
+
+impl Offer for WatchdogConfig {
+    const HELP: &'static str =
+        "a device to which the guest gives signs of life; 15 s without one, and the VM starts anew";
+    const VALUE: Option<&'static str> = None;
+
+    fn parse(_: &'static str, _: &str) -> Result<Self, OptionError> {
+        Ok(Self(true))
+    }
+
+    fn make<M: DeviceMemory>(
+        &self,
+        id: &str,
+        services: &Services,
+    ) -> Result<Option<Box<dyn VirtioDevice<M>>>, HostError> {
+        if !self.0 {
+            return Ok(None);
+        }
+        let start_anew = services.start_anew.clone();
+        let expired = Arc::new(move || {
+            start_anew(&format!(
+                "the guest gave its watchdog no sign for {TIMEOUT:?}"
+            ));
+        });
+        Ok(Some(Box::new(Watchdog::new(id, TIMEOUT, expired))))
+    }
+}
 
 /// What is done when the time is over.
 pub type Expired = Arc<dyn Fn() + Send + Sync>;

@@ -14,7 +14,6 @@ mod payload;
 mod pmem;
 mod rate_limit;
 mod rate_limit_group;
-mod rng;
 mod vsock;
 
 pub use balloon::BalloonConfig;
@@ -28,7 +27,7 @@ pub use payload::PayloadConfig;
 pub use pmem::{PMEM_ALIGNMENT, PmemConfig};
 pub use rate_limit::{RateLimitConfig, TokenBucketConfig};
 pub use rate_limit_group::RateLimitGroupConfig;
-pub use rng::RngConfig;
+pub use virtio_devices::{Offered, OfferedOption, RngConfig, WatchdogConfig};
 pub use vsock::VsockConfig;
 
 use option_parser::OptionText;
@@ -109,8 +108,6 @@ pub struct VmConfig {
     pub rate_limit_groups: Vec<RateLimitGroupConfig>,
     /// Network devices, in the order in which the guest finds them.
     pub net: Vec<NetConfig>,
-    /// Entropy.
-    pub rng: RngConfig,
     /// Persistent memory devices, in the order in which the guest finds them.
     pub pmem: Vec<PmemConfig>,
     /// A balloon.
@@ -119,8 +116,9 @@ pub struct VmConfig {
     pub vsock: Option<VsockConfig>,
     /// The guest can tell that it panicked.
     pub pvpanic: bool,
-    /// The VM starts anew when the guest hangs.
-    pub watchdog: bool,
+    /// Devices that are in one file each, members of their own names.
+    #[serde(flatten)]
+    pub offered: Offered,
 }
 
 impl VmConfig {
@@ -135,7 +133,7 @@ impl VmConfig {
 
     /// Whether a device is to be behind the virtual IOMMU.
     pub fn wants_iommu(&self) -> bool {
-        self.rng.iommu
+        self.offered.wants_iommu()
             || self.console.as_ref().is_some_and(|console| console.iommu)
             || self.vsock.as_ref().is_some_and(|vsock| vsock.iommu)
             || self.disks.iter().any(|disk| disk.iommu)
@@ -226,6 +224,14 @@ mod tests {
         assert!(error.starts_with("--kernel: missing"), "{error}");
     }
 
+    fn offered(options: &[(&str, &str)]) -> Offered {
+        let mut offered = Offered::default();
+        for (option, text) in options {
+            assert_eq!(offered.set(option, text), Ok(true), "{option}");
+        }
+        offered
+    }
+
     #[test]
     fn json_round_trip_keeps_everything() {
         let config = VmConfig {
@@ -245,12 +251,11 @@ mod tests {
                 RateLimitGroupConfig::parse("id=g,bw_size=1,bw_refill_time=1").unwrap(),
             ],
             net: vec![NetConfig::parse("tap=t,mtu=1400").unwrap()],
-            rng: RngConfig::parse("src=/dev/random").unwrap(),
             pmem: vec![PmemConfig::parse("file=/p,size=2M").unwrap()],
             balloon: Some(BalloonConfig::parse("size=64M").unwrap()),
             vsock: Some(VsockConfig::parse("cid=3,socket=/v").unwrap()),
             pvpanic: true,
-            watchdog: true,
+            offered: offered(&[("--rng", "src=/dev/random"), ("--watchdog", "")]),
         };
         let text = serde_json::to_string(&config).unwrap();
         assert_eq!(serde_json::from_str::<VmConfig>(&text).unwrap(), config);
@@ -302,7 +307,7 @@ mod tests {
         assert_eq!(config(&|_| {}), Ok(false));
         let console = |text| ConsoleConfig::parse("--console", text).unwrap();
         for change in [
-            &(|c: &mut VmConfig| c.rng = RngConfig::parse("iommu=on").unwrap())
+            &(|c: &mut VmConfig| c.offered = offered(&[("--rng", "iommu=on")]))
                 as &dyn Fn(&mut VmConfig),
             &|c| c.console = Some(console("null,iommu=on")),
             &|c| c.disks = vec![DiskConfig::parse("path=/d,iommu=on").unwrap()],
@@ -361,5 +366,17 @@ mod tests {
     fn unknown_fields_are_refused() {
         let error = serde_json::from_str::<VmConfig>(r#"{"disk": []}"#).unwrap_err();
         assert!(error.to_string().contains("`disk`"), "{error}");
+        // Members of devices in one file each are members like all others.
+        let json = r#"{"rng": {"src": "/r"}, "watchdog": true, "pvpanic": true}"#;
+        let config = serde_json::from_str::<VmConfig>(json).unwrap();
+        assert!(config.pvpanic && config.offered.watchdog.0);
+        assert_eq!(config.offered.rng.src.to_str(), Some("/r"));
+        for wrong in [
+            r#"{"rng": {"sauce": "/r"}}"#,
+            r#"{"watchdogs": true}"#,
+            r#"{"watchdog": 1}"#,
+        ] {
+            assert!(serde_json::from_str::<VmConfig>(wrong).is_err(), "{wrong}");
+        }
     }
 }

@@ -1,6 +1,7 @@
 //! Virtio devices on the PCI bus, and what the machine gives them: MSI vectors, ioeventfds, threads.
 //!
-//! Each kind of device has a file here that makes it from the config, and a line in [`VirtioHost::add_all`].
+//! A device that needs something of the host that others don't has a file here, which makes it from the config, and a line in
+//! [`VirtioHost::add_all`]. The others make themselves ([`virtio_devices::Offered`]).
 
 mod balloon;
 mod block;
@@ -9,9 +10,7 @@ mod iommu;
 mod mem;
 mod net;
 mod pmem;
-mod rng;
 mod vsock;
-mod watchdog;
 
 use std::cell::{OnceCell, RefCell};
 use std::collections::BTreeMap;
@@ -23,7 +22,7 @@ use hypervisor::{IoEventAddress, Vm};
 use virtio_devices::BlockControl;
 use virtio_devices::iommu::EndpointMemory;
 use virtio_devices::transport::pci::{Host, Notifications, VirtioPciDevice};
-use virtio_devices::{BalloonControl, MemControl};
+use virtio_devices::{BalloonControl, MemControl, OfferError, Offered, Services};
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 use vm_virtio::{Job, Spawn, VirtioDevice, feature};
 use vmm_sys_util::eventfd::EventFd;
@@ -34,7 +33,7 @@ use super::links::Links;
 use super::pci::Pci;
 use crate::config::VmConfig;
 use crate::console::Outputs;
-use crate::event::EventSender;
+use crate::event::{Event, EventSender};
 use crate::memory_manager::{MemoryManager, MemorySlots};
 use crate::pmem::Before;
 use crate::threads;
@@ -128,10 +127,9 @@ impl<'a> VirtioHost<'a> {
         iommu::add(self, config)?;
         let disks = block::add(self, config)?;
         let links = net::add(self, config)?;
-        rng::add(self, config)?;
+        self.add_offered(&config.offered)?;
         let console = console::add(self, config, outputs.console.clone())?;
         vsock::add(self, config, outputs.vsock.as_ref())?;
-        watchdog::add(self, config)?;
         let (mem, ram) = mem::add(self, config)?;
         Ok(Handles {
             links,
@@ -143,6 +141,28 @@ impl<'a> VirtioHost<'a> {
             viot: self.iommu.get().map(iommu::Behind::describe),
             devices: self.devices.take(),
         })
+    }
+
+    fn add_offered(&self, offered: &Offered) -> Result<(), DeviceError> {
+        let events = self.events.try_clone();
+        let events = events.map_err(|source| DeviceError::Event {
+            name: "way to start the machine anew",
+            source,
+        })?;
+        let services = Services {
+            start_anew: Arc::new(move |why| {
+                log::warn!("{why}");
+                events.send(Event::GuestReset);
+            }),
+        };
+        let all = offered.make(&services).map_err(|error| {
+            let OfferError { option, source } = error;
+            DeviceError::Option { option, source }
+        })?;
+        for made in all {
+            self.add_behind(made.id, made.device, made.iommu)?;
+        }
+        Ok(())
     }
 
     /// The slot of the next device, if there is one. None where devices are not on PCI.
