@@ -19,7 +19,13 @@ pub const REQUEST: usize = 4096;
 /// What the VMM or the guest says.
 pub fn in_guest(binary: &Path, guest: &Path, time: Duration, tracing: bool) -> Result<Measured> {
     let words = format!("test=bench_rng size={REQUEST} {}", limits(time));
-    let mut vmm = Vmm::start(binary, guest, &words, &["--rng".into(), "src=/dev/urandom".into()], tracing)?;
+    let mut vmm = Vmm::start(
+        binary,
+        guest,
+        &words,
+        &["--rng".into(), "src=/dev/urandom".into()],
+        tracing,
+    )?;
     let measured = vmm.measured()?;
     vmm.finish()?;
     Ok(measured)
