@@ -81,7 +81,8 @@ while [ $# -gt 0 ]; do
     --net) net "$1" ;;
     --rng)
         machine=q35
-        devices+=(-device "virtio-rng-pci,disable-legacy=on")
+        devices+=(-object "rng-random,id=r,filename=$(value "$1" src /dev/urandom)"
+            -device "virtio-rng-pci,disable-legacy=on,rng=r")
         ;;
     *) die "$option is not known to this script" ;;
     esac
