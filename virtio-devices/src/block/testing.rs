@@ -62,6 +62,8 @@ pub struct State {
     pub reversed: AtomicBool,
     /// Every request fails like this.
     pub failing: Mutex<Option<io::ErrorKind>>,
+    /// How often requests were handed over: a system call each, of a real disk.
+    pub calls: AtomicUsize,
     /// So many kicks fail for the moment.
     pub busy_kicks: AtomicUsize,
     /// Kicks fail for good.
@@ -316,6 +318,7 @@ impl DiskIo for MemoryIo {
         {
             return Err(io::ErrorKind::WouldBlock.into());
         }
+        self.state.calls.fetch_add(1, Ordering::SeqCst);
         *self.state.started.lock().unwrap() += self.submitted.len();
         self.state.change.notify_all();
         self.started.append(&mut self.submitted);

@@ -212,6 +212,21 @@ fn requests_are_answered_as_they_are_done() {
 }
 
 #[test]
+fn a_batch_goes_to_the_disk_in_one_call() {
+    let (mut guest, state) = running();
+    for batch in 1..=5 {
+        for n in 0..16 {
+            guest.offer(0, &read(n, 512));
+        }
+        guest.kick(0);
+        for n in 0..16 {
+            assert_eq!(guest.wait_used(0).1[0], n + 1);
+        }
+        assert_eq!(state.calls.load(Ordering::SeqCst), batch);
+    }
+}
+
+#[test]
 fn no_more_is_in_flight_than_the_disk_takes() {
     let disk = MemoryDisk {
         depth: 3,
