@@ -180,8 +180,9 @@ fn pauses_lose_nothing() {
         .start();
     vmm.wait_for("BEGIN");
     let mut pauses = 0;
-    while client::request(&api, "PUT", "vm.pause", None).is_ok() {
-        client::request(&api, "PUT", "vm.resume", None).expect("resuming");
+    // A guest that was about to power off when it was paused cannot be resumed.
+    let asked = |what| client::request(&api, "PUT", what, None).is_ok();
+    while asked("vm.pause") && asked("vm.resume") {
         pauses += 1;
     }
     finish(vmm.wait(), tests);
