@@ -295,8 +295,9 @@ fn pauses_lose_nothing_of_what_a_disk_does() {
         .start();
     api.wait();
     let mut pauses = 0;
-    while client::request(&api.socket, "PUT", "vm.pause", None).is_ok() {
-        client::request(&api.socket, "PUT", "vm.resume", None).expect("resuming");
+    // A guest that was about to power off when it was paused cannot be resumed.
+    let asked = |what| client::request(&api.socket, "PUT", what, None).is_ok();
+    while asked("vm.pause") && asked("vm.resume") {
         pauses += 1;
     }
     finish(vmm.wait(), &tests);
