@@ -1,9 +1,9 @@
 //! Serving a request allocates nothing.
-#![allow(unsafe_code)]
 #![allow(clippy::unwrap_used)]
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::cell::Cell;
+#[path = "../../block_util/tests/common/allocations.rs"]
+mod allocations;
+
 use std::sync::Arc;
 
 use vm_virtio::feature::RING_FEATURES;
@@ -11,29 +11,7 @@ use vm_virtio::testing::{Descriptor, DriverQueue, TestInterrupt, memory};
 use vm_virtio::{DeviceQueue, Next, Outcome, VirtioInterrupt};
 use vmm_sys_util::eventfd::EventFd;
 
-thread_local! {
-    static ALLOCATIONS: Cell<u64> = const { Cell::new(0) };
-}
-
-/// The system's allocator, counting by thread.
-struct Counting;
-
-// SAFETY: all it does is the system allocator's doing.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        ALLOCATIONS.with(|count| count.set(count.get() + 1));
-        // SAFETY: as the caller promises.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, block: *mut u8, layout: Layout) {
-        // SAFETY: as the caller promises.
-        unsafe { System.dealloc(block, layout) }
-    }
-}
-
-#[global_allocator]
-static COUNTING: Counting = Counting;
+use allocations::ALLOCATIONS;
 
 #[test]
 fn serving_allocates_nothing() {
