@@ -12,7 +12,7 @@ use vmm::api::client;
 
 use crate::linux::Linux;
 use crate::support::report::finish;
-use crate::support::{BareMetal, Kvm, Report, Vmm, test_guest};
+use crate::support::{BareMetal, Kvm, Report, Vmm, pause_to_the_end, test_guest};
 
 /// A directory with the socket of an API.
 struct Api {
@@ -294,12 +294,7 @@ fn pauses_lose_nothing_of_what_a_disk_does() {
         .option("--api-socket", &api.socket)
         .start();
     api.wait();
-    let mut pauses = 0;
-    // A guest that was about to power off when it was paused cannot be resumed.
-    let asked = |what| client::request(&api.socket, "PUT", what, None).is_ok();
-    while asked("vm.pause") && asked("vm.resume") {
-        pauses += 1;
-    }
+    let pauses = pause_to_the_end(&api.socket);
     finish(vmm.wait(), &tests);
     assert!(pauses > 3, "{pauses}");
 }

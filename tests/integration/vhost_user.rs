@@ -6,12 +6,10 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use vmm::api::client;
-
 use crate::disks::{Images, check_file_system, file_system, text};
 use crate::linux::Linux;
 use crate::support::report::finish;
-use crate::support::{BareMetal, Ended, Kvm, Report, Vmm, test_guest};
+use crate::support::{BareMetal, Ended, Kvm, Report, Vmm, pause_to_the_end, test_guest};
 
 /// Of the disks that [`Images`] makes.
 const SECTORS: u64 = (16 << 20) / 512;
@@ -179,12 +177,7 @@ fn pauses_lose_nothing() {
         .option("--api-socket", &api)
         .start();
     vmm.wait_for("BEGIN");
-    let mut pauses = 0;
-    // A guest that was about to power off when it was paused cannot be resumed.
-    let asked = |what| client::request(&api, "PUT", what, None).is_ok();
-    while asked("vm.pause") && asked("vm.resume") {
-        pauses += 1;
-    }
+    let pauses = pause_to_the_end(&api);
     finish(vmm.wait(), tests);
     assert!(pauses > 3, "{pauses}");
 }

@@ -9,5 +9,5 @@ pub mod report;
 pub mod sniffer;
 
 pub use files::{Kvm, asset, binary_mmio, test_guest};
-pub use process::{Ended, Vmm};
+pub use process::{Ended, Vmm, pause_to_the_end};
 pub use report::{BareMetal, Report};
