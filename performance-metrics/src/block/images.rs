@@ -96,8 +96,7 @@ impl Images {
                 let base = self.ready(Image::Raw, "base", false)?;
                 qcow::Image::create(path, &options().backing(base, "raw"))?.close()?;
             }
-            // All are copies, so that the page cache has them in pages of the same size: how a file was written decides on that, and what
-            // a write of 4 KiB costs in the kernel depends on it by a factor of two.
+            // All are copies: how a file was written changes what a write of 4 KiB into its page cache costs, by a factor of two.
             Image::Raw | Image::Qcow2 | Image::Snapshot | Image::Compressed => {
                 let template = self.path(image, "template");
                 if !template.exists() {
