@@ -332,13 +332,13 @@ mod tests {
 
     #[test]
     fn a_full_line_becomes_a_config() {
-        let Parsed::Run(args) = parse(&words(
+        let Parsed::Run(run) = parse(&words(
             "--kernel k --initramfs=i --cmdline console=ttyS0 --cpus boot=2 --memory size=1G --serial tty --console off -v -vv",
         )) else {
             panic!("refused");
         };
-        assert_eq!(args.args.verbosity, 3);
-        let config = args.vm_config().unwrap();
+        assert_eq!(run.args.verbosity, 3);
+        let config = run.vm_config().unwrap();
         assert_eq!(config.cpus.boot, 2);
         assert_eq!(config.memory.size, 1 << 30);
         let payload = config.payload.unwrap();
@@ -368,17 +368,17 @@ mod tests {
     #[test]
     fn several_disks_after_one_flag_and_flags_without_a_value() {
         let line = "--kernel k --disk path=a path=b,readonly=on -v --disk path=c --net --net tap=,mac= --rng --cpus --memory";
-        let Parsed::Run(args) = parse(&words(line)) else {
+        let Parsed::Run(run) = parse(&words(line)) else {
             panic!("refused");
         };
-        let config = args.vm_config().unwrap();
+        let config = run.vm_config().unwrap();
         let paths: Vec<_> = config
             .disks
             .iter()
             .map(|d| d.path.to_str().unwrap())
             .collect();
         assert_eq!(paths, ["a", "b", "c"]);
-        assert_eq!(args.args.verbosity, 1);
+        assert_eq!(run.args.verbosity, 1);
         assert_eq!(config.net, [NetConfig::default(), NetConfig::default()]);
         assert_eq!(config.offered, Offered::default());
         assert_eq!(config.cpus, CpusConfig::default());
@@ -411,10 +411,10 @@ mod tests {
             "--kernel k --disk -v",
             "--disk readonly=on",
         ] {
-            let Parsed::Run(args) = parse(&words(line)) else {
+            let Parsed::Run(run) = parse(&words(line)) else {
                 panic!("{line}");
             };
-            let error = args.vm_config().unwrap_err().to_string();
+            let error = run.vm_config().unwrap_err().to_string();
             assert_eq!(error, "--disk: path is missing", "{line}");
         }
     }

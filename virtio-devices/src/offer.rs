@@ -120,8 +120,9 @@ macro_rules! offered {
             /// The text is wrong.
             pub fn set(&mut self, option: &str, text: &str) -> Result<bool, option_parser::OptionError> {
                 $(
-                    if option == concat!("--", stringify!($name)) {
-                        self.$name = offer::Offer::parse(concat!("--", stringify!($name)), text)?;
+                    let name = concat!("--", stringify!($name));
+                    if option == name {
+                        self.$name = offer::Offer::parse(name, text)?;
                         return Ok(true);
                     }
                 )*
