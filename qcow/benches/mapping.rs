@@ -52,6 +52,10 @@ fn lookups(c: &mut Criterion) {
                 black_box((&hold, &pieces));
             });
         });
+        group.bench_function(format!("read through a hold, {name}"), |b| {
+            let hold = image.hold_read(0, 4096, &mut pieces).unwrap().unwrap();
+            b.iter(|| black_box(hold.read(blocks.next(), 4096, &mut pieces).unwrap()));
+        });
         group.bench_function(format!("write, {name}"), |b| {
             b.iter(|| {
                 let hold = image.hold_write(blocks.next(), 4096, &mut pieces).unwrap();

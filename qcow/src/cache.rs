@@ -2,10 +2,10 @@
 //!
 //! It writes nothing on its own: who owns it knows in which order tables may reach the disk.
 
-use std::collections::HashMap;
 use std::ops::Range;
 
 use crate::error::{Error, Result};
+use crate::layout::OffsetMap;
 use crate::storage::Storage;
 
 /// A table, and which of its bytes differ from the disk's.
@@ -51,7 +51,7 @@ impl Table {
 /// Tables by their offset in the image file.
 #[derive(Debug)]
 pub(crate) struct Cache {
-    tables: HashMap<u64, Table>,
+    tables: OffsetMap<Table>,
     clock: u64,
     limit: usize,
     table_size: usize,
@@ -65,7 +65,7 @@ impl Cache {
     pub fn new(bytes: usize, table_size: usize) -> Self {
         let limit = (bytes / table_size).max(4);
         Cache {
-            tables: HashMap::new(),
+            tables: OffsetMap::default(),
             clock: 0,
             limit,
             table_size,
@@ -110,6 +110,14 @@ impl Cache {
             }
             None => Err(Error::Corrupt("a table left the cache while in use".into())),
         }
+    }
+
+    /// The table at `offset`, if it is here.
+    pub fn peek(&mut self, offset: u64) -> Option<&Table> {
+        let table = self.tables.get_mut(&offset)?;
+        self.clock += 1;
+        table.used = self.clock;
+        Some(table)
     }
 
     /// Lets `change` work on the table at `offset`.

@@ -24,7 +24,7 @@ use std::sync::{Arc, MutexGuard};
 use crate::error::Result;
 use crate::image::Image;
 use crate::layout::Descriptor;
-use crate::meta::Meta;
+use crate::meta::{Meta, read_entry};
 use crate::read::Source;
 use crate::write::all_data;
 
@@ -39,6 +39,16 @@ pub enum Place {
     Elsewhere,
 }
 
+impl From<Source> for Place {
+    fn from(source: Source) -> Self {
+        match source {
+            Source::Host(at) => Place::File(at),
+            Source::Zero => Place::Zero,
+            Source::Backing | Source::Compressed { .. } => Place::Elsewhere,
+        }
+    }
+}
+
 /// Neighbouring bytes of the disk in one place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Piece {
@@ -48,12 +58,40 @@ pub struct Piece {
     pub place: Place,
 }
 
-/// Keeps the pieces that it was given with where they are, until it is dropped. Snapshots, resizes, checks and closing wait for that.
+/// Keeps the pieces that it was given with where they are, and those that were found through it later, until it is dropped. Snapshots,
+/// resizes, checks and closing wait for that.
+///
+/// One hold for all requests of a batch costs less than one each.
 #[derive(Debug)]
 #[must_use = "the pieces may move once it is dropped"]
 pub struct Hold {
     image: Arc<Image>,
     ticket: u64,
+}
+
+impl Hold {
+    /// As [`Image::hold_read`], with the pieces held by this hold too. False where that has none.
+    ///
+    /// # Errors
+    /// As [`Image::read_at`].
+    pub fn read(&self, offset: u64, length: u64, pieces: &mut Vec<Piece>) -> Result<bool> {
+        // Clusters that are given up from now on wait for a ticket as old as this.
+        Ok(self
+            .image
+            .find(Meta::find_to_read, offset, length, pieces)?
+            .is_some())
+    }
+
+    /// As [`Image::hold_write`], with the pieces held by this hold too. False where that has none.
+    ///
+    /// # Errors
+    /// As [`Image::write_at`].
+    pub fn write(&self, offset: u64, length: u64, pieces: &mut Vec<Piece>) -> Result<bool> {
+        Ok(self
+            .image
+            .find(Meta::find_to_write, offset, length, pieces)?
+            .is_some())
+    }
 }
 
 impl Drop for Hold {
@@ -81,19 +119,8 @@ impl Image {
         length: u64,
         pieces: &mut Vec<Piece>,
     ) -> Result<Option<Hold>> {
-        pieces.clear();
-        self.check_range(offset, length)?;
-        if length > MOST_BYTES {
-            return Ok(None);
-        }
-        let Some(mut meta) = self.try_enter() else {
-            return Ok(None);
-        };
-        if !meta.places_to_read(offset, length, pieces)? {
-            pieces.clear();
-            return Ok(None);
-        }
-        Ok(Some(self.hold(meta)))
+        let found = self.find(Meta::find_to_read, offset, length, pieces)?;
+        Ok(found.map(|meta| self.hold(meta)))
     }
 
     /// Finds where `length` bytes at `offset` are, for writing in place: all pieces are [`Place::File`] then.
@@ -109,6 +136,18 @@ impl Image {
         length: u64,
         pieces: &mut Vec<Piece>,
     ) -> Result<Option<Hold>> {
+        let found = self.find(Meta::find_to_write, offset, length, pieces)?;
+        Ok(found.map(|meta| self.hold(meta)))
+    }
+
+    /// The lock, if `find` has found all pieces under it.
+    fn find(
+        &self,
+        find: impl FnOnce(&mut Meta, u64, u64, &mut Vec<Piece>) -> Result<bool>,
+        offset: u64,
+        length: u64,
+        pieces: &mut Vec<Piece>,
+    ) -> Result<Option<MutexGuard<'_, Meta>>> {
         pieces.clear();
         self.check_range(offset, length)?;
         if length > MOST_BYTES {
@@ -117,11 +156,11 @@ impl Image {
         let Some(mut meta) = self.try_enter() else {
             return Ok(None);
         };
-        if !meta.is_prepared()? || !meta.places_to_write(offset, length, pieces)? {
+        if !find(&mut meta, offset, length, pieces)? {
             pieces.clear();
             return Ok(None);
         }
-        Ok(Some(self.hold(meta)))
+        Ok(Some(meta))
     }
 
     fn hold(self: &Arc<Self>, mut meta: MutexGuard<'_, Meta>) -> Hold {
@@ -160,49 +199,38 @@ const MOST_PIECES: usize = 64;
 
 impl Meta {
     /// False where there are too many pieces, or an L2 table is not in memory.
-    fn places_to_read(
-        &mut self,
-        offset: u64,
-        length: u64,
-        pieces: &mut Vec<Piece>,
-    ) -> Result<bool> {
+    fn find_to_read(&mut self, offset: u64, length: u64, pieces: &mut Vec<Piece>) -> Result<bool> {
         let layout = self.layout;
         let (mut at, end) = (offset, offset + length);
         while at < end {
+            if pieces.len() > MOST_PIECES {
+                return Ok(false);
+            }
             let index = layout.l1_index(at);
-            if let Some((table, _)) = self.l2_offset(index)?
-                && !self.l2.contains(table)
-            {
+            let Some((table, _)) = self.l2_offset(index)? else {
+                let next = end.min((index + 1) * layout.l2_span());
+                push(pieces, next - at, self.elsewhere().into());
+                at = next;
+                continue;
+            };
+            let Some(table) = self.l2.peek(table) else {
                 return Ok(false);
-            }
-            let stop = end.min((index + 1) * layout.l2_span());
-            let mut segments = std::mem::take(&mut self.segments);
-            segments.clear();
-            let resolved = self.resolve_into(&mut segments, at, stop - at, MOST_PIECES);
-            for s in &segments {
-                let place = match s.source {
-                    Source::Host(at) => Place::File(at),
-                    Source::Zero => Place::Zero,
-                    Source::Backing | Source::Compressed { .. } => Place::Elsewhere,
-                };
-                push(pieces, s.length, place);
-                at = s.guest + s.length;
-            }
-            self.segments = segments;
-            resolved?;
-            if at < stop || pieces.len() > MOST_PIECES {
-                return Ok(false);
-            }
+            };
+            let entry = read_entry(table, &layout, layout.l2_index(at));
+            let next = end.min(layout.cluster_start(at) + layout.cluster_size());
+            self.each_source(entry, at, next, |length, source| {
+                push(pieces, length, source.into());
+            })?;
+            at = next;
         }
         Ok(true)
     }
 
-    fn places_to_write(
-        &mut self,
-        offset: u64,
-        length: u64,
-        pieces: &mut Vec<Piece>,
-    ) -> Result<bool> {
+    /// False where something has to be done before the range can be written in place.
+    fn find_to_write(&mut self, offset: u64, length: u64, pieces: &mut Vec<Piece>) -> Result<bool> {
+        if !self.is_prepared()? {
+            return Ok(false);
+        }
         let layout = self.layout;
         let (mut at, end) = (offset, offset + length);
         while at < end {
@@ -344,6 +372,48 @@ mod tests {
         image.flush().unwrap();
         image.write_at(&[3; 512], 0).unwrap();
         assert_eq!(file_byte(at), 3, "now it is");
+        assert_eq!(image.check().unwrap().leaks, 0);
+    }
+
+    #[test]
+    fn what_is_found_through_a_hold_is_held_like_its_first_pieces() {
+        let image = image(512);
+        image.write_at(&[1; 2048], 0).unwrap();
+        let mut pieces = Vec::new();
+        let hold = image.hold_read(0, 512, &mut pieces).unwrap().unwrap();
+        // Operations that come and go meanwhile change nothing.
+        image.write_at(&[1; 512], 4096).unwrap();
+        assert!(hold.read(512, 512, &mut pieces).unwrap());
+        let [
+            Piece {
+                place: Place::File(at),
+                ..
+            },
+        ] = pieces[..]
+        else {
+            panic!("{pieces:?}")
+        };
+        assert!(hold.write(1024, 512, &mut pieces).unwrap());
+        assert!(
+            !hold.write(100 << 10, 512, &mut pieces).unwrap() && pieces.is_empty(),
+            "to be allocated"
+        );
+        assert!(hold.read(u64::MAX, 2, &mut pieces).is_err());
+        image.discard(512, 512).unwrap();
+        let reused = |image: &Image, from: u64| {
+            for i in 0..200 {
+                image.write_at(&[2; 512], (from + i) * 512).unwrap();
+                image.flush().unwrap();
+            }
+            let mut byte = [0];
+            let file = image.data_file().unwrap();
+            file.read_exact_at(&mut byte, at).unwrap();
+            byte == [2]
+        };
+        assert!(!reused(&image, 200));
+        drop(hold);
+        image.flush().unwrap();
+        assert!(reused(&image, 400), "now it is");
         assert_eq!(image.check().unwrap().leaks, 0);
     }
 

@@ -411,7 +411,6 @@ pub(crate) fn load(
         busy: Default::default(),
         exclusive_waiters: 0,
         waiters: 0,
-        segments: Vec::new(),
         punch_holes: options.punch_holes,
         compressed_tail: None,
         storage,

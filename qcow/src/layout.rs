@@ -1,6 +1,15 @@
 //! Geometry of an image and the bits of its table entries (qcow2 "Cluster mapping", "Extended L2 Entries").
 
+use std::collections::{HashMap, HashSet};
+
+use foldhash::fast::RandomState;
+
 use crate::error::{Error, Result};
+
+/// Something for each of some offsets, found at once: a lookup is part of every request.
+pub(crate) type OffsetMap<T> = HashMap<u64, T, RandomState>;
+/// Offsets, found at once.
+pub(crate) type OffsetSet = HashSet<u64, RandomState>;
 
 /// The host cluster is referenced exactly once, so it may be written in place.
 pub(crate) const COPIED: u64 = 1 << 63;
@@ -57,11 +66,25 @@ impl Layout {
 
     /// Bytes that can be allocated on their own.
     pub fn unit_size(&self) -> u64 {
+        1 << self.unit_bits()
+    }
+
+    fn unit_bits(&self) -> u32 {
         if self.extended_l2 {
-            self.cluster_size() / SUBCLUSTERS
+            self.cluster_bits - SUBCLUSTERS.ilog2()
         } else {
-            self.cluster_size()
+            self.cluster_bits
         }
+    }
+
+    /// Number of the unit of `offset` within its cluster.
+    pub fn unit_index(&self, offset: u64) -> u64 {
+        self.in_cluster(offset) >> self.unit_bits()
+    }
+
+    /// Where the unit of `offset` ends.
+    pub fn unit_end(&self, offset: u64) -> u64 {
+        ((offset >> self.unit_bits()) + 1) << self.unit_bits()
     }
 
     pub fn units(&self) -> u64 {
@@ -73,7 +96,11 @@ impl Layout {
     }
 
     pub fn l2_entries(&self) -> u64 {
-        self.cluster_size() / self.entry_size()
+        1 << self.l2_bits()
+    }
+
+    fn l2_bits(&self) -> u32 {
+        self.cluster_bits - self.entry_size().ilog2()
     }
 
     /// Guest bytes that an L2 table describes.
@@ -87,11 +114,11 @@ impl Layout {
     }
 
     pub fn l1_index(&self, guest: u64) -> u64 {
-        guest / self.l2_span()
+        guest >> (self.cluster_bits + self.l2_bits())
     }
 
     pub fn l2_index(&self, guest: u64) -> u64 {
-        (guest >> self.cluster_bits) % self.l2_entries()
+        (guest >> self.cluster_bits) & (self.l2_entries() - 1)
     }
 
     pub fn in_cluster(&self, offset: u64) -> u64 {

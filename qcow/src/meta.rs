@@ -2,14 +2,13 @@
 //!
 //! Nothing here does data I/O: the lock is held to look up and change tables, never over guest data.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use crate::cache::Cache;
 use crate::error::{Error, Result};
 use crate::header::{Header, autoclear, incompatible};
-use crate::layout::{COPIED, Descriptor, L2Entry, Layout, OFFSET};
-use crate::read::Segment;
+use crate::layout::{COPIED, Descriptor, L2Entry, Layout, OFFSET, OffsetSet};
 use crate::refcount::Refcounts;
 use crate::snapshot_table::Snapshot;
 use crate::storage::Storage;
@@ -41,7 +40,7 @@ pub(crate) struct Meta {
     pub refs: Refcounts,
     pub snapshots: Vec<Snapshot>,
     /// Offsets of L2 tables and refcount blocks in use.
-    pub tables: HashSet<u64>,
+    pub tables: OffsetSet,
     /// Other metadata: merged, sorted ranges of bytes.
     pub ranges: Vec<(u64, u64)>,
     /// To be given back with the next write-back.
@@ -50,13 +49,11 @@ pub(crate) struct Meta {
     pub tickets: Arc<Tickets>,
     pub next_ticket: u64,
     /// Guest clusters whose entry an operation under way is about to change.
-    pub busy: HashSet<u64>,
+    pub busy: OffsetSet,
     /// Operations that wait to be alone.
     pub exclusive_waiters: usize,
     /// Threads that wait for a change.
     pub waiters: usize,
-    /// Room for the segments of a range, used again and again.
-    pub segments: Vec<Segment>,
     /// Length of the image file.
     pub file_end: u64,
     /// Whether freed clusters are punched out of the image file.

@@ -3,7 +3,7 @@
 use crate::compress;
 use crate::error::{Error, Result};
 use crate::image::Image;
-use crate::layout::{Descriptor, Unit};
+use crate::layout::{Descriptor, L2Entry, Unit};
 use crate::meta::Meta;
 
 /// Where the bytes of a guest range come from.
@@ -33,82 +33,91 @@ pub(crate) struct Segment {
 impl Meta {
     /// Finds where `length` guest bytes at `offset` come from, up to `most` segments; neighbours are merged.
     pub fn resolve(&mut self, offset: u64, length: u64, most: usize) -> Result<Vec<Segment>> {
-        let mut out = Vec::new();
-        self.resolve_into(&mut out, offset, length, most)?;
-        Ok(out)
-    }
-
-    /// As [`Self::resolve`], behind what is in `out`.
-    pub fn resolve_into(
-        &mut self,
-        out: &mut Vec<Segment>,
-        offset: u64,
-        length: u64,
-        most: usize,
-    ) -> Result<()> {
         let layout = self.layout;
+        let mut out = Vec::new();
         let (mut at, end) = (offset, offset + length);
         while at < end && out.len() < most {
             if self.l2_offset(layout.l1_index(at))?.is_none() {
                 let next = ((at / layout.l2_span() + 1) * layout.l2_span()).min(end);
-                self.push(out, at, next - at, Source::Backing);
+                push(&mut out, at, next - at, self.elsewhere());
                 at = next;
                 continue;
             }
             let entry = self.entry_to_read(at)?;
             let cluster_end = (layout.cluster_start(at) + layout.cluster_size()).min(end);
-            match entry.descriptor(&layout)? {
-                Descriptor::Compressed { offset, length } => {
-                    let source = Source::Compressed {
+            self.each_source(entry, at, cluster_end, |length, source| {
+                push(&mut out, at, length, source);
+                at += length;
+            })?;
+        }
+        Ok(out)
+    }
+
+    /// Where bytes come from that have no entry, or whose entry names no place.
+    pub fn elsewhere(&self) -> Source {
+        if self.backed {
+            Source::Backing
+        } else {
+            Source::Zero
+        }
+    }
+
+    /// Calls `each` with the lengths and sources of the guest bytes from `at` to `end`, which are of one cluster, whose entry is `entry`.
+    pub fn each_source(
+        &self,
+        entry: L2Entry,
+        mut at: u64,
+        end: u64,
+        mut each: impl FnMut(u64, Source),
+    ) -> Result<()> {
+        let layout = &self.layout;
+        match entry.descriptor(layout)? {
+            Descriptor::Compressed { offset, length } => {
+                let skip = layout.in_cluster(at);
+                each(
+                    end - at,
+                    Source::Compressed {
                         offset,
                         length,
-                        skip: layout.in_cluster(at),
+                        skip,
+                    },
+                );
+            }
+            Descriptor::Standard { host, .. } => {
+                while at < end {
+                    let next = layout.unit_end(at).min(end);
+                    let source = match (entry.unit(layout, layout.unit_index(at)), host) {
+                        (Unit::Data, Some(host)) => Source::Host(host + layout.in_cluster(at)),
+                        (Unit::Zero, _) => Source::Zero,
+                        _ => self.elsewhere(),
                     };
-                    self.push(out, at, cluster_end - at, source);
-                    at = cluster_end;
-                }
-                Descriptor::Standard { host, .. } => {
-                    while at < cluster_end {
-                        let unit = layout.in_cluster(at) / layout.unit_size();
-                        let unit_end = (at / layout.unit_size() + 1) * layout.unit_size();
-                        let next = unit_end.min(cluster_end);
-                        let source = match (entry.unit(&layout, unit), host) {
-                            (Unit::Data, Some(host)) => Source::Host(host + layout.in_cluster(at)),
-                            (Unit::Zero, _) => Source::Zero,
-                            _ => Source::Backing,
-                        };
-                        self.push(out, at, next - at, source);
-                        at = next;
-                    }
+                    each(next - at, source);
+                    at = next;
                 }
             }
         }
         Ok(())
     }
+}
 
-    fn push(&self, out: &mut Vec<Segment>, guest: u64, length: u64, source: Source) {
-        let source = if source == Source::Backing && !self.backed {
-            Source::Zero
-        } else {
-            source
+/// Adds a segment, or makes the last one longer.
+fn push(out: &mut Vec<Segment>, guest: u64, length: u64, source: Source) {
+    if let Some(last) = out.last_mut() {
+        let continues = match (last.source, source) {
+            (Source::Zero, Source::Zero) | (Source::Backing, Source::Backing) => true,
+            (Source::Host(a), Source::Host(b)) => a + last.length == b,
+            _ => false,
         };
-        if let Some(last) = out.last_mut() {
-            let continues = match (last.source, source) {
-                (Source::Zero, Source::Zero) | (Source::Backing, Source::Backing) => true,
-                (Source::Host(a), Source::Host(b)) => a + last.length == b,
-                _ => false,
-            };
-            if continues && last.guest + last.length == guest {
-                last.length += length;
-                return;
-            }
+        if continues && last.guest + last.length == guest {
+            last.length += length;
+            return;
         }
-        out.push(Segment {
-            guest,
-            length,
-            source,
-        });
     }
+    out.push(Segment {
+        guest,
+        length,
+        source,
+    });
 }
 
 /// Segments that are looked up at once.

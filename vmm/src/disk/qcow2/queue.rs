@@ -10,7 +10,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
 
 use block_util::{Completion, DiskIo, HelperIo, IoBuf, Operation, QueueFull, Request};
-use qcow::{Hold, Piece, Place};
+use qcow::{Hold, Image, Piece, Place};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::Shared;
@@ -20,8 +20,8 @@ use super::copy::volatile;
 #[derive(Default)]
 struct Slot {
     user_data: u64,
-    /// Keeps its clusters where they are.
-    hold: Option<Hold>,
+    /// The batch whose hold keeps its clusters where they are.
+    batch: Option<usize>,
     /// Pieces that are not done yet.
     left: usize,
     error: Option<io::Error>,
@@ -29,10 +29,104 @@ struct Slot {
     flush: bool,
 }
 
+/// Requests that were submitted between two kicks, and share a hold.
+#[derive(Default)]
+struct Batch {
+    hold: Option<Hold>,
+    /// Requests that are not done yet.
+    left: usize,
+}
+
+/// The batches of a queue that are not done.
+struct Batches {
+    all: Vec<Batch>,
+    free: Vec<usize>,
+    /// The one that requests are submitted to.
+    open: Option<usize>,
+}
+
+impl Batches {
+    /// As many as a queue of `depth` requests can have: one each.
+    fn new(depth: usize) -> Self {
+        Self {
+            all: (0..depth).map(|_| Batch::default()).collect(),
+            free: (0..depth).rev().collect(),
+            open: None,
+        }
+    }
+
+    /// Finds where a range is, for reading or writing, as [`Image::hold_read`] and [`Image::hold_write`] do: the batch whose hold
+    /// keeps it there.
+    fn find(
+        &mut self,
+        image: &Arc<Image>,
+        (offset, length, write): (u64, u64, bool),
+        pieces: &mut Vec<Piece>,
+    ) -> qcow::Result<Option<usize>> {
+        let open = self.open.and_then(|index| self.all.get(index));
+        if let Some(hold) = open.and_then(|batch| batch.hold.as_ref()) {
+            let found = if write {
+                hold.write(offset, length, pieces)?
+            } else {
+                hold.read(offset, length, pieces)?
+            };
+            return Ok(self.open.filter(|_| found));
+        }
+        let hold = if write {
+            image.hold_write(offset, length, pieces)?
+        } else {
+            image.hold_read(offset, length, pieces)?
+        };
+        // There is a free one where there is a free slot.
+        let (Some(hold), Some(index)) = (hold, self.free.pop()) else {
+            return Ok(None);
+        };
+        if let Some(batch) = self.all.get_mut(index) {
+            batch.hold = Some(hold);
+        }
+        self.open = Some(index);
+        Ok(self.open)
+    }
+
+    /// Another request is of batch `index`.
+    fn add(&mut self, index: usize) {
+        if let Some(batch) = self.all.get_mut(index) {
+            batch.left += 1;
+        }
+    }
+
+    /// A request of batch `index` is done.
+    fn end(&mut self, index: usize) {
+        if let Some(batch) = self.all.get_mut(index) {
+            batch.left = batch.left.saturating_sub(1);
+        }
+        self.release(index);
+    }
+
+    /// The next request begins a new batch.
+    fn close(&mut self) {
+        if let Some(index) = self.open.take() {
+            self.release(index);
+        }
+    }
+
+    /// Gives up the hold of batch `index` if nothing needs it any more.
+    fn release(&mut self, index: usize) {
+        if self.open != Some(index)
+            && let Some(batch) = self.all.get_mut(index)
+            && batch.left == 0
+            && batch.hold.take().is_some()
+        {
+            self.free.push(index);
+        }
+    }
+}
+
 /// One queue. Its fields go away in this order: what holds clusters first, so that helpers who wait for that come to their end.
 pub(super) struct QcowIo {
     data: Box<dyn DiskIo>,
     slots: Vec<Slot>,
+    batches: Batches,
     helped: HelperIo,
     free: Vec<usize>,
     /// Readable while one of `data` and `helped` is.
@@ -58,6 +152,7 @@ impl QcowIo {
         Ok(Self {
             data,
             slots: (0..depth).map(|_| Slot::default()).collect(),
+            batches: Batches::new(depth),
             helped,
             free: (0..depth).rev().collect(),
             both,
@@ -79,17 +174,15 @@ impl QcowIo {
             Operation::Flush => return self.flush_direct(request.user_data),
             _ => return false,
         };
-        let image = &self.shared.image;
         let Some(length) = super::length(buffers) else {
             return false;
         };
-        let held = if write {
-            image.hold_write(offset, length, &mut self.pieces)
-        } else {
-            image.hold_read(offset, length, &mut self.pieces)
-        };
+        let range = (offset, length, write);
+        let found = self
+            .batches
+            .find(&self.shared.image, range, &mut self.pieces);
         // Where it failed, the helper fails in the same way.
-        let Ok(Some(hold)) = held else {
+        let Ok(Some(batch)) = found else {
             return false;
         };
         let room = self.data.depth() - self.data.in_flight();
@@ -102,24 +195,23 @@ impl QcowIo {
         };
         let mut slot = Slot {
             user_data: request.user_data,
-            hold: Some(hold),
+            batch: Some(batch),
             ..Slot::default()
         };
+        self.batches.add(batch);
         let mut start = 0;
         for piece in &self.pieces {
-            part(buffers, start, piece.length, &mut self.buffers);
+            let buffers = if self.pieces.len() == 1 {
+                buffers
+            } else {
+                part(buffers, start, piece.length, &mut self.buffers);
+                &self.buffers
+            };
             start += piece.length;
             if let Place::File(offset) = piece.place {
-                send(
-                    &mut *self.data,
-                    index,
-                    &mut slot,
-                    offset,
-                    &self.buffers,
-                    write,
-                );
+                send(&mut *self.data, index, &mut slot, offset, buffers, write);
             } else {
-                self.buffers.iter().for_each(clear);
+                buffers.iter().for_each(clear);
             }
         }
         if slot.left == 0 {
@@ -173,13 +265,15 @@ impl QcowIo {
         }
         let Slot {
             user_data,
-            hold,
+            batch,
             error,
             flush,
             ..
         } = std::mem::take(slot);
         self.free.push(index);
-        drop(hold);
+        if let Some(batch) = batch {
+            self.batches.end(batch);
+        }
         if flush && error.is_some() {
             self.shared.image.flush_failed();
         }
@@ -260,6 +354,8 @@ impl DiskIo for QcowIo {
     }
 
     fn kick(&mut self) -> io::Result<()> {
+        // Helpers may wait for what is held: nothing is held that is not on its way.
+        self.batches.close();
         self.helped.kick()?;
         self.data.kick()
     }
@@ -290,6 +386,7 @@ impl DiskIo for QcowIo {
     }
 
     fn wait(&mut self) -> io::Result<()> {
+        self.batches.close();
         if self.helped.in_flight() == 0 {
             return self.data.wait();
         }
