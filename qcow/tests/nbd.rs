@@ -60,9 +60,11 @@ impl Server {
     }
 
     fn is_running(&self) -> bool {
-        // A process that ended may be there until its parent has seen that.
-        std::fs::read_to_string(format!("/proc/{}/stat", self.pid))
-            .is_ok_and(|stat| !stat.contains(") Z"))
+        // A process that ended may be there until its parent has seen that; until its last thread has gone, the image is locked.
+        let process = PathBuf::from(format!("/proc/{}", self.pid));
+        let threads = std::fs::read_dir(process.join("task")).map_or(0, Iterator::count);
+        std::fs::read_to_string(process.join("stat"))
+            .is_ok_and(|stat| threads > 1 || !stat.contains(") Z"))
     }
 
     /// Waits for the end that comes when its client has gone.
