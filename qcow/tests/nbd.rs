@@ -80,6 +80,7 @@ impl Drop for Server {
         if self.is_running() {
             let _ = Command::new("kill").arg(self.pid.to_string()).status();
         }
+        self.ended();
     }
 }
 
