@@ -326,8 +326,7 @@ mod tests {
         let cache = Unpacked::new(4 * SIZE + 1);
         for i in 1..100u64 {
             assert!(!hit(&cache, i * 1000, i as u8));
-            assert!(hit(&cache, i * 1000, i as u8));
-            assert_eq!(hit(&cache, 1000, 1), true, "{i}");
+            assert!(hit(&cache, 1000, 1), "{i}");
             assert!(cache.size() <= 4 * SIZE);
         }
         assert_eq!(cache.size(), 4 * SIZE);
