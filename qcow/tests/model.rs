@@ -172,7 +172,7 @@ fn several_threads(options: &CreateOptions, backing: bool) {
     let open = OpenOptions::new()
         .write(true)
         .follow_backing(true)
-        .unpacked_cache(70_000);
+        .unpacked_cache(1 << 20);
     let image = Image::open(&path, &open).unwrap();
     let cluster = image.cluster_size();
     let done = AtomicBool::new(false);
@@ -214,8 +214,10 @@ fn several_threads(options: &CreateOptions, backing: bool) {
                 image.flush().unwrap();
             }
         });
+        let mut random = Random::new(6);
         let discarder = scope.spawn(move || {
             let half = size / 2;
+            let noise: Vec<u8> = (0..32768).map(|_| random.next() as u8).collect();
             let mut i = 0u64;
             while !done.load(Ordering::Relaxed) {
                 let at = half + (i * 65536) % half;
@@ -223,11 +225,13 @@ fn several_threads(options: &CreateOptions, backing: bool) {
                 image.discard(at / 65536 * 65536, 65536).unwrap();
                 // Other data of the same length, which gets to where that of an earlier turn was.
                 let byte = (i % 251 + 1) as u8;
-                let data = vec![byte; cluster as usize];
+                let mut data = vec![byte; cluster as usize];
+                let (_, end) = data.split_at_mut(cluster as usize * 3 / 4);
+                end.copy_from_slice(&noise[..end.len()]);
                 image.write_compressed_at(&data, at).unwrap();
-                for part in [0, 1, 2] {
+                for part in [0, 128, 256] {
                     let mut back = [0xee; 100];
-                    image.read_at(&mut back, at + part * 150).unwrap();
+                    image.read_at(&mut back, at + part).unwrap();
                     assert_eq!(back, [byte; 100], "compressed in turn {i}");
                 }
                 image.discard(at, cluster).unwrap();
