@@ -129,7 +129,7 @@ fn what_a_deleted_snapshot_had_is_not_read_from_memory() {
         image.create_snapshot("s").unwrap();
         for turn in 0..8 {
             image.discard(0, 1 << 20).unwrap();
-            for byte in 1..=200 {
+            for byte in 1..=200u8 {
                 put(image, u64::from(byte), byte.wrapping_add(turn).max(1));
             }
             image.delete_snapshot("s").unwrap();
