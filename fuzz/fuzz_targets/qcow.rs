@@ -491,7 +491,7 @@ fn run(data: &[u8]) -> Option<()> {
     }
     let mut options = OpenOptions::new().write(program.writable);
     if program.small_caches {
-        options = options.l2_cache(0).refcount_cache(0);
+        options = options.l2_cache(0).refcount_cache(0).unpacked_cache(1);
     }
     let mut run = Run::open(&storage, &options, sound)?;
     for op in program.operations.into_iter().take(MOST_OPERATIONS) {

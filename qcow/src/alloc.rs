@@ -100,6 +100,9 @@ impl Meta {
                 )));
             }
         }
+        // Before the caller writes there; `unpacked.rs` relies on it.
+        let longest = self.layout.max_compressed();
+        self.unpacked.forget(start << bits, end << bits, longest);
         let fresh = start << bits >= self.file_end;
         if end << bits > self.file_end {
             let length = end << bits;

@@ -11,12 +11,32 @@ use crate::header::{Header, is_qcow2};
 use crate::image::Image;
 use crate::options::OpenOptions;
 use crate::storage::{FileStorage, Storage};
+use crate::unpacked::Unpacked;
 
 /// Longest chain of backing files.
 const MAX_CHAIN: usize = 64;
 
-/// Files already in a chain, by device and inode, so that a chain that bites its tail is an error and no loop.
-pub(crate) type Chain = Vec<(u64, u64)>;
+/// What the images of a chain have in common.
+#[derive(Clone, Debug)]
+pub(crate) struct Chain {
+    /// Files already in it, by device and inode, so that a chain that bites its tail is an error and no loop.
+    files: Vec<(u64, u64)>,
+    unpacked: Unpacked,
+}
+
+impl Chain {
+    pub fn new(options: &OpenOptions) -> Self {
+        Chain {
+            files: Vec::new(),
+            unpacked: Unpacked::new(options.unpacked_cache),
+        }
+    }
+
+    /// For the image that comes last so far.
+    pub fn unpacked(&self) -> Unpacked {
+        self.unpacked.of_image(self.files.len())
+    }
+}
 
 /// What lies below an image.
 #[derive(Debug)]
@@ -144,18 +164,18 @@ pub(crate) fn enter(chain: &mut Chain, file: &File, path: &Path) -> Result<()> {
         source,
     })?;
     let id = (metadata.dev(), metadata.ino());
-    if chain.contains(&id) {
+    if chain.files.contains(&id) {
         return Err(Error::Invalid(format!(
             "{} is in its own chain of backing files",
             path.display()
         )));
     }
-    if chain.len() >= MAX_CHAIN {
+    if chain.files.len() >= MAX_CHAIN {
         return Err(Error::Limit(format!(
             "a chain of {MAX_CHAIN} backing files"
         )));
     }
-    chain.push(id);
+    chain.files.push(id);
     Ok(())
 }
 

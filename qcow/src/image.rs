@@ -16,6 +16,7 @@ use crate::refcount::{Refcounts, read_words};
 use crate::snapshot_table;
 use crate::storage::{FileStorage, Storage};
 use crate::tickets::Tickets;
+use crate::unpacked::Unpacked;
 
 /// Tries to get the lock before it counts as held for long: a few microseconds.
 const SPINS: usize = 100;
@@ -29,6 +30,7 @@ pub struct Image {
     /// Signalled when `meta` changes in a way that others wait for.
     pub(crate) changed: Condvar,
     pub(crate) tickets: Arc<Tickets>,
+    pub(crate) unpacked: Unpacked,
     pub(crate) storage: Arc<dyn Storage>,
     pub(crate) data: Option<Arc<dyn Storage>>,
     pub(crate) backing: Option<Backing>,
@@ -59,7 +61,7 @@ impl Image {
             .write(options.write)
             .open(path)
             .map_err(open)?;
-        let mut chain = Chain::new();
+        let mut chain = Chain::new(options);
         backing::enter(&mut chain, &file, path)?;
         let dir = options
             .backing_dir
@@ -82,7 +84,7 @@ impl Image {
             storage,
             options,
             options.backing_dir.as_deref(),
-            &Chain::new(),
+            &Chain::new(options),
         )
     }
 
@@ -108,6 +110,7 @@ impl Image {
             header,
             options,
             backing.is_some(),
+            chain.unpacked(),
         )?;
         if let Some(name) = &options.snapshot {
             meta.view_snapshot(name)?;
@@ -115,6 +118,7 @@ impl Image {
         let size = meta.header.size;
         let image = Image {
             tickets: Arc::clone(&meta.tickets),
+            unpacked: meta.unpacked.clone(),
             meta: Mutex::new(meta),
             changed: Condvar::new(),
             storage,
@@ -364,6 +368,7 @@ pub(crate) fn load(
     header: Header,
     options: &OpenOptions,
     backed: bool,
+    unpacked: Unpacked,
 ) -> Result<Meta> {
     let layout = header.layout();
     let file_end = storage
@@ -412,6 +417,7 @@ pub(crate) fn load(
         exclusive_waiters: 0,
         waiters: 0,
         punch_holes: options.punch_holes,
+        unpacked,
         compressed_tail: None,
         storage,
         data,

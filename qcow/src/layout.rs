@@ -155,6 +155,11 @@ impl Layout {
         62 - (self.cluster_bits - 8)
     }
 
+    /// Most bytes that a compressed descriptor can name.
+    pub fn max_compressed(&self) -> u64 {
+        512 << (self.cluster_bits - 8)
+    }
+
     /// Entry of compressed data of `length` bytes at `offset`.
     pub fn compressed_entry(&self, offset: u64, length: u64) -> L2Entry {
         let sectors = ((offset + length - 1) >> 9) - (offset >> 9);

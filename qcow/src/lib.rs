@@ -45,6 +45,7 @@ mod meta;
 mod refmap;
 mod switch;
 mod tickets;
+mod unpacked;
 mod walk;
 mod writeback;
 

@@ -13,6 +13,7 @@ use crate::refcount::Refcounts;
 use crate::snapshot_table::Snapshot;
 use crate::storage::Storage;
 use crate::tickets::Tickets;
+use crate::unpacked::Unpacked;
 
 /// A host cluster that is no longer referenced by what is in memory, but may be by the disk or by I/O under way.
 #[derive(Clone, Copy, Debug)]
@@ -58,6 +59,7 @@ pub(crate) struct Meta {
     pub file_end: u64,
     /// Whether freed clusters are punched out of the image file.
     pub punch_holes: bool,
+    pub unpacked: Unpacked,
     /// Free bytes behind the last compressed cluster, in a host cluster that holds only compressed data.
     pub compressed_tail: Option<(u64, u64)>,
 }

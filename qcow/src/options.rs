@@ -15,6 +15,7 @@ pub struct OpenOptions {
     pub(crate) backing_dir: Option<PathBuf>,
     pub(crate) l2_cache: usize,
     pub(crate) refcount_cache: usize,
+    pub(crate) unpacked_cache: usize,
     pub(crate) punch_holes: bool,
     pub(crate) for_repair: bool,
     pub(crate) ignore_backing: bool,
@@ -31,6 +32,7 @@ impl Default for OpenOptions {
             backing_dir: None,
             l2_cache: 8 << 20,
             refcount_cache: 1 << 20,
+            unpacked_cache: 4 << 20,
             punch_holes: true,
             for_repair: false,
             ignore_backing: false,
@@ -40,7 +42,8 @@ impl Default for OpenOptions {
 }
 
 impl OpenOptions {
-    /// Read-only, following no other file, caches of 8 MiB for L2 tables and 1 MiB for refcounts.
+    /// Read-only, following no other file, caches of 8 MiB for L2 tables, 1 MiB for refcounts and 4 MiB for
+    /// compressed clusters. All but the last are for each image of a chain.
     pub fn new() -> Self {
         OpenOptions::default()
     }
@@ -93,6 +96,14 @@ impl OpenOptions {
     #[must_use]
     pub fn refcount_cache(mut self, bytes: usize) -> Self {
         self.refcount_cache = bytes;
+        self
+    }
+
+    /// Bytes of compressed clusters that are kept in memory as they are unpacked, so that small reads of one cluster unpack it once.
+    /// All images of a chain share them. At least one cluster is kept; 0 keeps none. Memory is taken as it fills.
+    #[must_use]
+    pub fn unpacked_cache(mut self, bytes: usize) -> Self {
+        self.unpacked_cache = bytes;
         self
     }
 

@@ -213,25 +213,25 @@ impl Image {
                     length,
                     skip,
                 } => {
-                    let whole = self.read_compressed(offset, length)?;
-                    part.copy_from_slice(&whole[skip as usize..skip as usize + part.len()]);
+                    let size = self.layout.cluster_size() as usize;
+                    let place = (offset, length);
+                    self.unpacked
+                        .read(place, size, skip as usize, part, |cluster| {
+                            self.unpack(offset, length, cluster)
+                        })?;
                 }
             }
         }
         Ok(())
     }
 
-    /// A whole cluster, out of its compressed form.
-    fn read_compressed(&self, offset: u64, length: u64) -> Result<Vec<u8>> {
+    /// Fills a whole cluster, out of its compressed form.
+    fn unpack(&self, offset: u64, length: u64, cluster: &mut [u8]) -> Result<()> {
         let mut packed = vec![0; length as usize];
         self.storage
             .read_at(&mut packed, offset)
             .map_err(Error::io("reading", "image file", offset))?;
-        compress::unpack(
-            self.compression,
-            &packed,
-            self.layout.cluster_size() as usize,
-        )
-        .map_err(|why| Error::malformed("compressed cluster", format!("at {offset:#x}: {why}")))
+        compress::unpack(self.compression, &packed, cluster)
+            .map_err(|why| Error::malformed("compressed cluster", format!("at {offset:#x}: {why}")))
     }
 }

@@ -145,6 +145,7 @@ impl Meta {
         self.refs.dirty_entries.clear();
         self.refs.hint = 0;
         self.pending.clear();
+        self.unpacked.clear();
         self.compressed_tail = None;
         self.refresh_ranges();
         note_tables(self)

@@ -31,7 +31,8 @@ fn random_life(options: &CreateOptions, seed: u64, snapshots: bool) {
         let open = OpenOptions::new()
             .write(true)
             .l2_cache(if round % 2 == 0 { 0 } else { 1 << 20 })
-            .refcount_cache(0);
+            .refcount_cache(0)
+            .unpacked_cache(if round % 2 == 0 { 1 } else { 1 << 20 });
         let image = Image::open_storage(Box::new(Arc::clone(&memory)), &open).unwrap();
         model.resize(image.len() as usize, 0);
         for _ in 0..60 {
@@ -163,9 +164,20 @@ fn several_threads(options: &CreateOptions, backing: bool) {
         options.clone()
     };
     let image = Image::create(&path, &options).unwrap();
+    // What the threads share begins as compressed clusters.
+    let half = (size / 2) as usize;
+    base[..half].copy_from_slice(&Random::new(5).bytes(half));
+    image.write_compressed_at(&base[..half], 0).unwrap();
+    image.close().unwrap();
+    let open = OpenOptions::new()
+        .write(true)
+        .follow_backing(true)
+        .unpacked_cache(1 << 20);
+    let image = Image::open(&path, &open).unwrap();
+    let cluster = image.cluster_size();
     let done = AtomicBool::new(false);
     let parts: Vec<BTreeMap<u64, u8>> = std::thread::scope(|scope| {
-        let image = &image;
+        let (image, base) = (&image, &base);
         let workers: Vec<_> = (0..THREADS)
             .map(|t| {
                 scope.spawn(move || {
@@ -184,6 +196,12 @@ fn several_threads(options: &CreateOptions, backing: bool) {
                         let mut back = [0xee; 512];
                         image.read_at(&mut back, sector * 512).unwrap();
                         assert_eq!(back, [byte; 512], "thread {t} reads what it wrote");
+                        let sector = random.below(size / 512 / THREADS / 8) * THREADS + t;
+                        if !mine.contains_key(&sector) {
+                            let at = sector as usize * 512;
+                            image.read_at(&mut back, sector * 512).unwrap();
+                            assert_same(&back, &base[at..at + 512], "not written");
+                        }
                     }
                     mine
                 })
@@ -196,13 +214,27 @@ fn several_threads(options: &CreateOptions, backing: bool) {
                 image.flush().unwrap();
             }
         });
+        let mut random = Random::new(6);
         let discarder = scope.spawn(move || {
             let half = size / 2;
+            let noise: Vec<u8> = (0..32768).map(|_| random.next() as u8).collect();
             let mut i = 0u64;
             while !done.load(Ordering::Relaxed) {
                 let at = half + (i * 65536) % half;
                 image.write_at(&[0x5a; 4096], at).unwrap();
                 image.discard(at / 65536 * 65536, 65536).unwrap();
+                // Other data of the same length, which gets to where that of an earlier turn was.
+                let byte = (i % 251 + 1) as u8;
+                let mut data = vec![byte; cluster as usize];
+                let (_, end) = data.split_at_mut(cluster as usize * 3 / 4);
+                end.copy_from_slice(&noise[..end.len()]);
+                image.write_compressed_at(&data, at).unwrap();
+                for part in [0, 128, 256] {
+                    let mut back = [0xee; 100];
+                    image.read_at(&mut back, at + part).unwrap();
+                    assert_eq!(back, [byte; 100], "compressed in turn {i}");
+                }
+                image.discard(at, cluster).unwrap();
                 i += 1;
             }
         });
