@@ -14,7 +14,7 @@ fn queue(
     engine: block_util::Engine,
     read_only: bool,
 ) -> Box<dyn DiskIo> {
-    let data = DataFile::new(file.reopen().unwrap(), file.path(), read_only).unwrap();
+    let data = DataFile::new(file.reopen().unwrap(), file.path(), read_only, false).unwrap();
     data.open_io(&IoOptions { depth: 4, engine }).unwrap()
 }
 
