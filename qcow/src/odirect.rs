@@ -35,14 +35,16 @@ impl Direct {
     /// For a file that is open with `O_DIRECT`, in blocks of at least `block` bytes.
     pub fn new(file: &File, block: u64) -> io::Result<Self> {
         let (memory, offset) = told_alignment(file).unwrap_or_else(|| tried_alignment(file));
-        let block = block.max(offset);
-        if !block.is_power_of_two() || block > MAX_BLOCK {
-            let why = format!("direct I/O in blocks of {block} bytes: powers of two up to 1 MiB");
+        if !block.is_power_of_two() || block.max(offset) > MAX_BLOCK {
+            let block = block.max(offset);
+            let why = format!(
+                "direct I/O in blocks of {block} bytes; powers of two up to 1 MiB are possible"
+            );
             return Err(io::Error::new(io::ErrorKind::Unsupported, why));
         }
         Ok(Direct {
             memory,
-            block,
+            block: block.max(offset),
             writes: RwLock::new(()),
         })
     }
@@ -88,7 +90,7 @@ impl Direct {
         let block = self.block as usize;
         let end = part.skip + part.length;
         let (head, tail) = (part.skip > 0, end < part.blocks);
-        let mut copy_and_write = |own: &mut [u8]| {
+        let copy_and_write = |own: &mut [u8]| {
             own[part.skip..end].copy_from_slice(data);
             file.write_all_at(own, part.start)
         };

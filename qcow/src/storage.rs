@@ -127,7 +127,7 @@ impl FileStorage {
     /// After a write the file may be longer than it, up to the end of its last block: by zeros.
     ///
     /// # Errors
-    /// [`io::ErrorKind::Unsupported`] for blocks of more than 1 MiB.
+    /// [`io::ErrorKind::Unsupported`] where the file takes only blocks of more than 1 MiB.
     pub fn direct(file: File) -> io::Result<Self> {
         FileStorage::direct_in_blocks(file, 1)
     }

@@ -51,7 +51,8 @@ pub fn run(a: &Bench) -> Result<()> {
     let options = OpenOptions::new()
         .write(a.write)
         .follow_backing(a.follow)
-        .follow_data_file(a.follow);
+        .follow_data_file(a.follow)
+        .direct(a.direct);
     let image = Image::open(&a.path, &options).with_context(|| a.path.display().to_string())?;
     let blocks = image.len() / block;
     if blocks == 0 {

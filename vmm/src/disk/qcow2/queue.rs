@@ -192,7 +192,7 @@ impl QcowIo {
 }
 
 /// Whether a piece is not the data file's, or not in whole blocks of it: to write a part of one takes the library's lock.
-fn is_helped(piece: &Piece, block: u64) -> bool {
+pub(super) fn is_helped(piece: &Piece, block: u64) -> bool {
     match piece.place {
         Place::File(at) => !(at | piece.length).is_multiple_of(block),
         Place::Zero => false,
