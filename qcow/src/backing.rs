@@ -108,13 +108,9 @@ fn open_named(
     chain: &Chain,
 ) -> Result<Backing> {
     let path = resolve(name, dir)?;
-    let file = File::open(&path).map_err(|source| Error::Open {
-        path: path.clone(),
-        source,
-    })?;
+    let storage = FileStorage::open(&path, false, options)?;
     let mut chain = chain.clone();
-    enter(&mut chain, &file, &path)?;
-    let storage = FileStorage::new(file);
+    enter(&mut chain, storage.file(), &path)?;
     let format = match format {
         Some(format) => format.to_owned(),
         None => {

@@ -246,8 +246,10 @@ impl Cache {
             let Some(range) = t.dirty.clone() else {
                 continue;
             };
-            // Whole sectors.
-            let range = range.start & !511..range.end.next_multiple_of(512).min(t.bytes.len());
+            // Whole sectors, or blocks, so that nothing has to be read first: the rest of them is as on the disk.
+            let unit = storage.block().max(512) as usize;
+            let start = range.start / unit * unit;
+            let range = start..range.end.next_multiple_of(unit).min(t.bytes.len());
             let at = offset + range.start as u64;
             storage.write_at(&t.bytes[range], at).map_err(Error::io(
                 "writing",

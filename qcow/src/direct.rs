@@ -106,6 +106,14 @@ impl Image {
         self.data_storage().as_file()
     }
 
+    /// What offsets and lengths of I/O on [`Image::data_file`] have to be multiples of: more than 1 with [`OpenOptions::direct`]. Pieces
+    /// that are not are for [`Image::read_at`] and [`Image::write_at`].
+    ///
+    /// [`OpenOptions::direct`]: crate::OpenOptions::direct
+    pub fn data_block(&self) -> u64 {
+        self.data_storage().block()
+    }
+
     /// Finds where `length` bytes at `offset` are, for reading. `pieces` is emptied and filled, in order.
     ///
     /// Never waits for I/O or for other operations, so that a thread with holds of its own can ask: `None` where that would be

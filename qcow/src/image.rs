@@ -1,6 +1,5 @@
 //! An open image: opening, closing, and being alone with it.
 
-use std::fs::File;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, TryLockError};
@@ -52,27 +51,14 @@ impl Image {
     /// [`Error::MarkedCorrupt`] for writing to a corrupt image.
     pub fn open(path: impl AsRef<Path>, options: &OpenOptions) -> Result<Image> {
         let path = path.as_ref();
-        let open = |source| Error::Open {
-            path: path.to_owned(),
-            source,
-        };
-        let file = File::options()
-            .read(true)
-            .write(options.write)
-            .open(path)
-            .map_err(open)?;
+        let storage = FileStorage::open(path, options.write, options)?;
         let mut chain = Chain::new(options);
-        backing::enter(&mut chain, &file, path)?;
+        backing::enter(&mut chain, storage.file(), path)?;
         let dir = options
             .backing_dir
             .clone()
             .or_else(|| path.parent().map(Path::to_owned));
-        Image::open_chain(
-            Box::new(FileStorage::new(file)),
-            options,
-            dir.as_deref(),
-            &chain,
-        )
+        Image::open_chain(Box::new(storage), options, dir.as_deref(), &chain)
     }
 
     /// Opens the image in `storage`. Relative names of other files need [`OpenOptions::backing_dir`].
@@ -346,14 +332,9 @@ fn open_data_file(
             name: shown,
         });
     }
-    let open = || {
-        let path = backing::resolve(name, dir)?;
-        let file = File::options().read(true).write(options.write).open(&path);
-        Ok(FileStorage::new(
-            file.map_err(|source| Error::Open { path, source })?,
-        ))
-    };
-    let storage = open().map_err(|e| Error::Chain {
+    let storage = backing::resolve(name, dir)
+        .and_then(|path| FileStorage::open(&path, options.write, options));
+    let storage = storage.map_err(|e| Error::Chain {
         kind: "data file",
         name: shown,
         source: Box::new(e),

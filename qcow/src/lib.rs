@@ -3,7 +3,7 @@
 //! | where | what |
 //! |---|---|
 //! | [`Image`] | an open image. Data: `read_at`, `write_at`, `write_compressed_at`, `write_zeroes`, `discard`, `flush`. Structure: `create_snapshot`, `apply_snapshot`, `delete_snapshot`, `resize`, `map`, `info`, `check` |
-//! | [`OpenOptions`], [`CreateOptions`] | how; no other file is opened unless they say so |
+//! | [`OpenOptions`], [`CreateOptions`] | how; no other file is opened unless they say so. [`OpenOptions::direct`] is past the page cache |
 //! | [`check()`], [`Repair`] | an image from outside, corrupt ones too |
 //! | [`Convert`], [`commit`] | whole disks from file to file |
 //! | [`Hold`] | for who moves data with its own asynchronous I/O |
@@ -59,6 +59,7 @@ mod direct;
 mod error;
 mod image;
 mod map;
+mod odirect;
 mod options;
 mod read;
 mod resize;

@@ -20,6 +20,8 @@ pub struct OpenOptions {
     pub(crate) for_repair: bool,
     pub(crate) ignore_backing: bool,
     pub(crate) snapshot: Option<String>,
+    pub(crate) direct: bool,
+    pub(crate) direct_block: u64,
 }
 
 impl Default for OpenOptions {
@@ -37,6 +39,8 @@ impl Default for OpenOptions {
             for_repair: false,
             ignore_backing: false,
             snapshot: None,
+            direct: false,
+            direct_block: 1,
         }
     }
 }
@@ -118,6 +122,21 @@ impl OpenOptions {
     #[must_use]
     pub fn snapshot(mut self, id_or_name: &str) -> Self {
         self.snapshot = Some(id_or_name.to_owned());
+        self
+    }
+
+    /// Whether files are opened with `O_DIRECT`, past the page cache: the image, its data file and its whole chain of backing files.
+    /// Each must lie on a file system that can do that. Off unless turned on.
+    #[must_use]
+    pub fn direct(mut self, yes: bool) -> Self {
+        self.direct = yes;
+        self
+    }
+
+    /// Direct I/O in blocks of at least so many bytes, a power of two, even where a file takes smaller ones.
+    #[must_use]
+    pub fn direct_block(mut self, bytes: u64) -> Self {
+        self.direct_block = bytes;
         self
     }
 

@@ -4,8 +4,13 @@ use std::fmt::Debug;
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::Path;
 use std::sync::RwLock;
+
+use crate::error::{Error, Result};
+use crate::odirect::Direct;
+use crate::options::OpenOptions;
 
 /// Random access to bytes, by several threads at once.
 ///
@@ -62,6 +67,11 @@ pub trait Storage: Send + Sync + Debug {
     fn as_file(&self) -> Option<&File> {
         None
     }
+
+    /// Bytes of a block, a power of two: to write a part of one, the storage reads it first. 1 where that is never so.
+    fn block(&self) -> u64 {
+        1
+    }
 }
 
 impl<S: Storage + ?Sized> Storage for std::sync::Arc<S> {
@@ -92,18 +102,67 @@ impl<S: Storage + ?Sized> Storage for std::sync::Arc<S> {
     fn as_file(&self) -> Option<&File> {
         (**self).as_file()
     }
+
+    fn block(&self) -> u64 {
+        (**self).block()
+    }
 }
 
-/// A regular file or block device.
+/// A regular file or block device, through the page cache or past it.
 #[derive(Debug)]
 pub struct FileStorage {
     file: File,
+    direct: Option<Direct>,
 }
 
 impl FileStorage {
     /// Uses an open file, of which only positional reads and writes are made.
     pub fn new(file: File) -> Self {
-        FileStorage { file }
+        FileStorage { file, direct: None }
+    }
+
+    /// Uses a file that is open with `O_DIRECT`. Reads and writes may still be of any bytes, though those of whole blocks in aligned
+    /// memory are faster.
+    ///
+    /// After a write the file may be longer than it, up to the end of its last block: by zeros.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::Unsupported`] where the file takes only blocks of more than 1 MiB.
+    pub fn direct(file: File) -> io::Result<Self> {
+        FileStorage::direct_in_blocks(file, 1)
+    }
+
+    /// As [`FileStorage::direct`], in blocks of at least `block` bytes, a power of two.
+    ///
+    /// # Errors
+    /// As [`FileStorage::direct`], and for a `block` that is no power of two.
+    pub fn direct_in_blocks(file: File, block: u64) -> io::Result<Self> {
+        let direct = Direct::new(&file, block)?;
+        Ok(FileStorage {
+            file,
+            direct: Some(direct),
+        })
+    }
+
+    /// Opens the file at `path` for reading, or as well for writing, as `options` say of the page cache.
+    pub(crate) fn open(path: &Path, write: bool, options: &OpenOptions) -> Result<Self> {
+        let flags = if options.direct { libc::O_DIRECT } else { 0 };
+        let opened = File::options()
+            .read(true)
+            .write(write)
+            .custom_flags(flags)
+            .open(path)
+            .and_then(|file| {
+                if options.direct {
+                    FileStorage::direct_in_blocks(file, options.direct_block)
+                } else {
+                    Ok(FileStorage::new(file))
+                }
+            });
+        opened.map_err(|source| Error::Open {
+            path: path.to_owned(),
+            source,
+        })
     }
 
     /// The file below.
@@ -114,6 +173,9 @@ impl FileStorage {
 
 impl Storage for FileStorage {
     fn read_at(&self, mut buf: &mut [u8], mut offset: u64) -> io::Result<()> {
+        if let Some(direct) = &self.direct {
+            return direct.read_at(&self.file, buf, offset);
+        }
         while !buf.is_empty() {
             match self.file.read_at(buf, offset) {
                 Ok(0) => {
@@ -132,7 +194,10 @@ impl Storage for FileStorage {
     }
 
     fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
-        self.file.write_all_at(buf, offset)
+        match &self.direct {
+            Some(direct) => direct.write_at(&self.file, buf, offset),
+            None => self.file.write_all_at(buf, offset),
+        }
     }
 
     fn flush(&self) -> io::Result<()> {
@@ -152,8 +217,18 @@ impl Storage for FileStorage {
         Some(&self.file)
     }
 
+    fn block(&self) -> u64 {
+        self.direct.as_ref().map_or(1, Direct::block)
+    }
+
     #[allow(unsafe_code)]
-    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+    fn discard(&self, mut offset: u64, mut len: u64) -> io::Result<()> {
+        if let Some(direct) = &self.direct {
+            (offset, len) = direct.blocks_within(offset, len);
+        }
+        if len == 0 {
+            return Ok(());
+        }
         let (Ok(start), Ok(length)) = (i64::try_from(offset), i64::try_from(len)) else {
             return Ok(());
         };

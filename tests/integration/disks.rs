@@ -121,14 +121,47 @@ fn raw_disk_past_the_page_cache_with_four_queues() {
 fn qcow2_disk_is_sound_after_all_tests() {
     let Some(kvm) = Kvm::here() else { return };
     let images = Images::new();
-    let path = images.qcow2("disk", &["-o", "cluster_size=4k"]);
-    guest(
-        kvm,
-        &format!("path={},num_queues=2", text(&path)),
-        "",
-        TESTS,
+    for (direct, cluster) in [("off", "4k"), ("on", "512")] {
+        let clusters = format!("cluster_size={cluster}");
+        let path = images.qcow2(direct, &["-o", &clusters]);
+        let disk = format!("path={},num_queues=2,direct={direct}", text(&path));
+        guest(kvm, &disk, "", TESTS);
+        check(&path);
+    }
+}
+
+/// Bytes of a file that the host has in its page cache.
+fn cached(path: &Path) -> u64 {
+    let args = ["--bytes", "--noheadings", "--output", "RES", text(path)];
+    let output = run("fincore", &args);
+    String::from_utf8(output.stdout)
+        .unwrap()
+        .trim()
+        .parse()
+        .unwrap()
+}
+
+#[test]
+fn qcow2_disk_past_the_page_cache() {
+    let Some(kvm) = Kvm::here() else { return };
+    let images = Images::new();
+    let path = images.qcow2("disk", &[]);
+    let drop_pages = format!("of={}", text(&path));
+    let drop_pages = [&drop_pages, "oflag=nocache", "conv=notrunc,fdatasync"];
+    run(
+        "dd",
+        &[&drop_pages[..], &["count=0", "status=none"]].concat(),
     );
+    assert_eq!(cached(&path), 0);
+    // Told what it is, nobody looks at it first.
+    let disk = |direct| format!("path={},image_type=qcow2,direct={direct}", text(&path));
+    let all = &["virtio_blk_fill", "virtio_blk_verify"];
+    guest(kvm, &disk("on"), "blk_seed=7", all);
+    assert_eq!(cached(&path), 0);
     check(&path);
+    // The data is there, and without the option it comes through the page cache.
+    guest(kvm, &disk("off"), "blk_seed=7", &all[1..]);
+    assert!(cached(&path) > SIZE / 2);
 }
 
 #[test]

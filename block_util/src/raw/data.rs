@@ -17,7 +17,7 @@ use crate::io::DiskIo;
 ///
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// let file = tempfile::tempfile()?;
-/// let data = DataFile::new(file, "image".as_ref(), false)?;
+/// let data = DataFile::new(file, "image".as_ref(), false, false)?;
 /// let mut queue = data.open_io(&IoOptions::default())?;
 /// let mut bytes = [7; 512];
 /// // SAFETY: `bytes` is left alone until the request has completed, below.
@@ -32,14 +32,22 @@ pub struct DataFile {
 }
 
 impl DataFile {
-    /// Uses an open file, which `path` names in errors.
+    /// Uses an open file, which `path` names in errors. If it is `direct`, open with `O_DIRECT`, offsets and lengths must be multiples of
+    /// what the file system asks for ([`io::ErrorKind::InvalidInput`](std::io::ErrorKind::InvalidInput) else); memory that is not
+    /// aligned is copied.
     ///
     /// # Errors
     ///
     /// [`DiskError::NotADisk`], [`DiskError::Inspect`].
-    pub fn new(file: File, path: &Path, read_only: bool) -> Result<DataFile, DiskError> {
+    pub fn new(
+        file: File,
+        path: &Path,
+        read_only: bool,
+        direct: bool,
+    ) -> Result<DataFile, DiskError> {
         let options = RawOptions {
             read_only,
+            direct,
             sparse: false,
             ..RawOptions::default()
         };

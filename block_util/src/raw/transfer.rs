@@ -314,15 +314,16 @@ impl Transfer {
     fn advance(&mut self, target: &Target, count: usize) {
         self.stage = match self.stage {
             Stage::Move(Direction::Read) if count == 0 && !target.bounded => {
-                let rest = self.buffers.get(self.first..).unwrap_or_default();
-                // SAFETY: these are the request's buffers, and the request is in flight.
-                unsafe { bounce::clear(rest) };
-                Stage::Done(Ok(()))
+                self.clear_rest();
+                self.stage
             }
             // Within the disk by its size: the file was cut short behind our back.
             Stage::Move(_) | Stage::WriteZeroes if count == 0 => Stage::Done(Err(libc::EIO)),
             Stage::Move(direction) => {
                 self.advance_move(direction, count);
+                if direction == Direction::Read && ends_in_block(target, count) {
+                    self.clear_rest();
+                }
                 self.stage
             }
             Stage::WriteZeroes => {
@@ -332,6 +333,14 @@ impl Transfer {
             }
             _ => Stage::Done(Ok(())),
         };
+    }
+
+    /// The file has ended: what is not read is zeroes.
+    fn clear_rest(&mut self) {
+        let rest = self.buffers.get(self.first..).unwrap_or_default();
+        // SAFETY: these are the request's buffers, and the request is in flight.
+        unsafe { bounce::clear(rest) };
+        self.remaining = 0;
     }
 
     fn advance_move(&mut self, direction: Direction, count: usize) {
@@ -407,6 +416,12 @@ impl Transfer {
         };
         self.finish_step(target, done.map_err(|e| errno(&e)));
     }
+}
+
+/// Whether a direct read of `count` bytes met the end of a file that grows as it is written: past it nothing aligned is left to read.
+fn ends_in_block(target: &Target, count: usize) -> bool {
+    let direct = target.direct.filter(|_| !target.bounded);
+    direct.is_some_and(|d| !count.is_multiple_of(d.offset as usize))
 }
 
 fn errno(error: &io::Error) -> i32 {

@@ -316,6 +316,9 @@ pub struct Bench {
     /// read the image's backing and data files
     #[argh(switch)]
     pub follow: bool,
+    /// past the page cache (O_DIRECT)
+    #[argh(switch)]
+    pub direct: bool,
     /// text or json (text)
     #[argh(option, default = "Output::Text")]
     pub output: Output,

@@ -12,6 +12,8 @@ use crate::output::{self, Bar};
 
 /// Most requests in flight.
 const MAX_DEPTH: usize = 256;
+/// Of memory: what direct I/O asks for, or more.
+const PAGE: usize = 4096;
 /// Largest request.
 const MAX_BLOCK: u64 = 64 << 20;
 
@@ -51,7 +53,8 @@ pub fn run(a: &Bench) -> Result<()> {
     let options = OpenOptions::new()
         .write(a.write)
         .follow_backing(a.follow)
-        .follow_data_file(a.follow);
+        .follow_data_file(a.follow)
+        .direct(a.direct);
     let image = Image::open(&a.path, &options).with_context(|| a.path.display().to_string())?;
     let blocks = image.len() / block;
     if blocks == 0 {
@@ -117,7 +120,11 @@ fn measure(a: &Bench, image: &Image, blocks: u64) -> Result<Measured> {
 
 /// Takes requests until there are no more; how long each took.
 fn work(a: &Bench, image: &Image, blocks: u64, next: &AtomicU64) -> qcow::Result<Vec<Duration>> {
-    let mut buffer = vec![0xa5; a.block_size.0 as usize];
+    let size = a.block_size.0 as usize;
+    // At a page, so that direct I/O needs no copy.
+    let mut memory = vec![0xa5; size + PAGE];
+    let start = memory.as_ptr().addr().next_multiple_of(PAGE) - memory.as_ptr().addr();
+    let buffer = &mut memory[start..start + size];
     let mut latencies = Vec::new();
     loop {
         let number = next.fetch_add(1, Ordering::Relaxed);
@@ -128,9 +135,9 @@ fn work(a: &Bench, image: &Image, blocks: u64, next: &AtomicU64) -> qcow::Result
         let offset = index % blocks * a.block_size.0;
         let begin = Instant::now();
         if a.write {
-            image.write_at(&buffer, offset)?;
+            image.write_at(buffer, offset)?;
         } else {
-            image.read_at(&mut buffer, offset)?;
+            image.read_at(buffer, offset)?;
         }
         latencies.push(begin.elapsed());
     }

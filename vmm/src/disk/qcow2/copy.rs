@@ -6,26 +6,25 @@
 use std::io;
 use std::sync::Arc;
 
-use block_util::{IoBuf, Operation};
+use block_util::{AlignedBuf, IoBuf, Operation};
 use qcow::Image;
 use vm_memory::VolatileSlice;
 
 /// Bytes of our own buffer.
 pub(super) const CHUNK: usize = 1 << 20;
+/// Of our own buffer, for direct I/O; nowhere is more asked for.
+const ALIGNMENT: usize = 4096;
 
 /// Carries requests out, one at a time.
 pub(super) struct Copier {
     image: Arc<Image>,
-    /// Empty until it is needed.
-    chunk: Vec<u8>,
+    /// None until it is needed.
+    chunk: Option<AlignedBuf>,
 }
 
 impl Copier {
     pub fn new(image: Arc<Image>) -> Self {
-        Self {
-            image,
-            chunk: Vec::new(),
-        }
+        Self { image, chunk: None }
     }
 
     pub fn carry_out(&mut self, operation: &Operation<'_>) -> io::Result<()> {
@@ -100,15 +99,18 @@ impl Copier {
 
 /// Calls `each` with parts of the guest's memory, in order, and as much of `own`.
 fn each_part(
-    own: &mut Vec<u8>,
+    own: &mut Option<AlignedBuf>,
     buffers: &[IoBuf],
     mut each: impl FnMut(VolatileSlice<'_>, &mut [u8]) -> io::Result<()>,
 ) -> io::Result<()> {
-    own.resize(CHUNK, 0);
+    let own = match own {
+        Some(own) => own,
+        none => none.insert(AlignedBuf::new(CHUNK, ALIGNMENT).ok_or(io::ErrorKind::OutOfMemory)?),
+    };
     for buffer in buffers {
         for from in (0..buffer.len()).step_by(CHUNK) {
             let part = buffer.part(from, CHUNK);
-            let chunk = own.get_mut(..part.len()).unwrap_or_default();
+            let chunk = own.as_mut_slice().get_mut(..part.len()).unwrap_or_default();
             each(volatile(&part), chunk)?;
         }
     }

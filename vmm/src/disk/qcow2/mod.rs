@@ -15,6 +15,7 @@ mod tests;
 use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -43,6 +44,8 @@ pub(super) struct QcowDisk {
 struct Shared {
     helpers: Arc<Helpers>,
     data: DataFile,
+    /// What its requests are multiples of.
+    block: u64,
     image: Arc<Image>,
     /// For the lock.
     file: File,
@@ -54,10 +57,21 @@ impl QcowDisk {
     /// Opens the image of `config`. Its backing file is followed only if the config says so. `id` and a number name the
     /// disk's threads.
     pub fn open(config: &DiskConfig, id: &str, spawn: &Spawn) -> Result<Self, DiskError> {
+        Self::open_in_blocks(config, 1, id, spawn)
+    }
+
+    /// As [`Self::open`]; direct I/O is in blocks of at least `block` bytes.
+    fn open_in_blocks(
+        config: &DiskConfig,
+        block: u64,
+        id: &str,
+        spawn: &Spawn,
+    ) -> Result<Self, DiskError> {
         let path = config.path.clone();
         let file = OpenOptions::new()
             .read(true)
             .write(!config.readonly)
+            .custom_flags(if config.direct { libc::O_DIRECT } else { 0 })
             .open(&path)
             .map_err(|source| DiskError::Open {
                 path: path.clone(),
@@ -70,12 +84,9 @@ impl QcowDisk {
             .write(!config.readonly)
             .follow_backing(config.backing_files)
             .follow_data_file(config.backing_files)
-            .punch_holes(config.sparse);
-        if config.direct {
-            log::warn!(
-                "--disk: direct=on does nothing for {path:?}, a qcow2 image: its metadata is in the page cache"
-            );
-        }
+            .punch_holes(config.sparse)
+            .direct(config.direct)
+            .direct_block(block);
         let image = Image::open(&path, &options).map_err(|source| DiskError::Format {
             path: path.clone(),
             source: Box::new(source),
@@ -90,7 +101,7 @@ impl QcowDisk {
             .ok_or_else(|| io::ErrorKind::Unsupported.into())
             .and_then(File::try_clone)
             .map_err(inspect("data file"))?;
-        let data = DataFile::new(data, &path, config.readonly)?;
+        let data = DataFile::new(data, &path, config.readonly, config.direct)?;
         let spawn = |name, job| spawn(name, job);
         let helpers = Helpers::new(&format!("{id}_w"), HELPERS, &spawn, || {
             let mut copier = Copier::new(Arc::clone(&image));
@@ -101,6 +112,7 @@ impl QcowDisk {
             shared: Arc::new(Shared {
                 helpers,
                 data,
+                block: image.data_block(),
                 image,
                 file,
                 lock,
@@ -123,11 +135,14 @@ impl DiskFile for QcowDisk {
     }
 
     fn geometry(&self) -> Geometry {
-        let cluster = u32::try_from(self.shared.image.cluster_size()).unwrap_or(SECTOR);
+        let bytes = |n: u64| u32::try_from(n).unwrap_or(SECTOR);
+        let logical = bytes(self.shared.block).max(SECTOR);
+        let physical = logical.max(4096);
+        let cluster = bytes(self.shared.image.cluster_size()).max(logical);
         Geometry {
-            logical_block_size: SECTOR,
-            physical_block_size: 4096,
-            minimum_io_size: 4096,
+            logical_block_size: logical,
+            physical_block_size: physical,
+            minimum_io_size: physical,
             optimal_io_size: cluster,
             discard_granularity: if self.read_only { 0 } else { cluster },
         }

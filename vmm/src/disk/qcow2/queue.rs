@@ -186,8 +186,9 @@ impl QcowIo {
             return false;
         };
         let room = self.data.depth() - self.data.in_flight();
-        let elsewhere = self.pieces.iter().any(|p| p.place == Place::Elsewhere);
-        if elsewhere || self.pieces.len().max(1) > room {
+        let block = self.shared.block;
+        let helped = self.pieces.iter().any(|p| is_helped(p, block));
+        if helped || self.pieces.len().max(1) > room {
             return false;
         }
         let Some(index) = self.free.pop() else {
@@ -281,6 +282,15 @@ impl QcowIo {
             user_data,
             result: error.map_or(Ok(()), Err),
         })
+    }
+}
+
+/// Whether a piece is not the data file's, or not in whole blocks of it: to write a part of one takes the library's lock.
+pub(super) fn is_helped(piece: &Piece, block: u64) -> bool {
+    match piece.place {
+        Place::File(at) => !(at | piece.length).is_multiple_of(block),
+        Place::Zero => false,
+        Place::Elsewhere => true,
     }
 }
 

@@ -6,7 +6,10 @@ use std::sync::Barrier;
 
 use block_util::{Engine, QueueFull, Request};
 
+use qcow::{Piece, Place};
+
 use super::copy::CHUNK;
+use super::queue::is_helped;
 use super::*;
 
 fn spawn() -> Spawn {
@@ -156,11 +159,16 @@ fn the_event_is_readable_exactly_while_completions_wait() {
     }
 }
 
-/// Requests at random, of all kinds, several in flight and none over another, against a flat copy of the disk.
-fn story(engine: Engine, cluster: u64, seed: u64) {
-    const BLOCK: usize = 1536;
+/// Where `O_DIRECT` is real.
+fn on_disk() -> tempfile::TempDir {
+    tempfile::tempdir_in("/var/tmp").unwrap()
+}
+
+/// Requests at random, of all kinds, several in flight and none over another, against a flat copy of the disk. `direct` is the least
+/// block of direct I/O, with requests of multiples of `BLOCK`.
+fn story<const BLOCK: usize>(engine: Engine, cluster: u64, direct: Option<u64>, seed: u64) {
     const BLOCKS: usize = 200;
-    let dir = tempfile::tempdir().unwrap();
+    let dir = on_disk();
     let path = dir.path().join("d.qcow2");
     let size = (BLOCK * BLOCKS) as u64;
     let create = qcow::CreateOptions::new(size).cluster_size(cluster);
@@ -172,9 +180,10 @@ fn story(engine: Engine, cluster: u64, seed: u64) {
     image.close().unwrap();
     let config = DiskConfig {
         path: path.clone(),
+        direct: direct.is_some(),
         ..DiskConfig::default()
     };
-    let disk = QcowDisk::open(&config, "d", &spawn()).unwrap();
+    let disk = QcowDisk::open_in_blocks(&config, direct.unwrap_or(1), "d", &spawn()).unwrap();
     let options = IoOptions { depth: 8, engine };
     let mut io = disk.open_io(&options).unwrap();
     let mut model = vec![0_u8; BLOCK * BLOCKS];
@@ -237,7 +246,7 @@ fn story(engine: Engine, cluster: u64, seed: u64) {
             let read = &memory[slot][..range.len()];
             assert!(
                 read == &model[range],
-                "{engine:?}, {cluster}, round {round}"
+                "{engine:?}, {cluster}, {direct:?}, round {round}"
             );
         }
         if round % 7 == 0 {
@@ -261,9 +270,60 @@ fn story(engine: Engine, cluster: u64, seed: u64) {
 fn any_requests_leave_what_a_flat_disk_has() {
     for engine in [Engine::IoUring, Engine::Aio, Engine::Sync] {
         for (seed, cluster) in [(5, 512), (6, 4096), (7, 65536)] {
-            story(engine, cluster, seed);
+            story::<1536>(engine, cluster, None, seed);
         }
     }
+}
+
+#[test]
+fn any_requests_past_the_page_cache_do_so_too() {
+    for engine in [Engine::IoUring, Engine::Aio, Engine::Sync] {
+        for (seed, cluster) in [(8, 512), (9, 4096), (10, 65536)] {
+            story::<1536>(engine, cluster, Some(1), seed);
+            // As a guest makes them that was told of 4096, and as one that does not listen.
+            story::<4096>(engine, cluster, Some(4096), seed);
+            story::<1536>(engine, cluster, Some(4096), seed);
+        }
+    }
+}
+
+#[test]
+fn parts_of_blocks_are_no_work_for_the_data_files_engine() {
+    let helped = |at, length, block| {
+        let place = Place::File(at);
+        is_helped(&Piece { length, place }, block)
+    };
+    assert!(!helped(8192, 4096, 4096) && !helped(512, 1536, 512) && !helped(3, 5, 1));
+    assert!(helped(512, 4096, 4096) && helped(4096, 512, 4096) && helped(100, 412, 512));
+}
+
+#[test]
+fn the_guest_is_told_of_the_blocks_of_direct_io() {
+    let dir = on_disk();
+    drop(disk(dir.path(), false));
+    let config = |direct| DiskConfig {
+        path: dir.path().join("d.qcow2"),
+        direct,
+        ..DiskConfig::default()
+    };
+    for (direct, block, logical) in [(false, 1, 512), (true, 4096, 4096), (true, 65536, 65536)] {
+        let disk = QcowDisk::open_in_blocks(&config(direct), block, "d", &spawn()).unwrap();
+        let told = disk.geometry();
+        assert_eq!(told.logical_block_size, logical);
+        assert_eq!(told.physical_block_size, logical.max(4096));
+        assert_eq!(
+            (told.optimal_io_size, told.discard_granularity),
+            (65536, 65536)
+        );
+    }
+    // As a raw disk says it.
+    let nowhere = DiskConfig {
+        path: "/proc/version".into(),
+        readonly: true,
+        ..config(true)
+    };
+    let refused = QcowDisk::open(&nowhere, "d", &spawn()).unwrap_err();
+    assert!(matches!(refused, DiskError::Open { .. }), "{refused:?}");
 }
 
 #[test]
