@@ -165,6 +165,8 @@ use_test_guest() {
 use_mmio_binary() {
     if [ -z "${CH_BINARY_MMIO:-}" ]; then
         cargo build --locked --profile ci --features mmio --bin cloud-hypervisor
+        # It may be there, as the same file: then mv would refuse.
+        rm -f "$TARGET/ci/cloud-hypervisor-mmio"
         mv "$TARGET/ci/cloud-hypervisor" "$TARGET/ci/cloud-hypervisor-mmio"
         export CH_BINARY_MMIO=$TARGET/ci/cloud-hypervisor-mmio
     fi
