@@ -102,14 +102,8 @@ impl Cache {
     /// The table at `offset`, read if it is not here.
     pub fn get(&mut self, storage: &dyn Storage, offset: u64) -> Result<&Table> {
         self.load(storage, offset)?;
-        self.clock += 1;
-        match self.tables.get_mut(&offset) {
-            Some(t) => {
-                t.used = self.clock;
-                Ok(t)
-            }
-            None => Err(Error::Corrupt("a table left the cache while in use".into())),
-        }
+        self.peek(offset)
+            .ok_or_else(|| Error::Corrupt("a table left the cache while in use".into()))
     }
 
     /// The table at `offset`, if it is here.
