@@ -303,6 +303,21 @@ mod tests {
         Arc::new(Image::create_storage(Box::new(storage), &options).unwrap())
     }
 
+    /// Where the first of `pieces` is.
+    fn file_offset(pieces: &[Piece]) -> u64 {
+        let Place::File(at) = pieces[0].place else {
+            panic!("{pieces:?}")
+        };
+        at
+    }
+
+    fn file_byte(image: &Image, at: u64) -> u8 {
+        let mut byte = [0];
+        let file = image.data_file().unwrap();
+        file.read_exact_at(&mut byte, at).unwrap();
+        byte[0]
+    }
+
     #[test]
     fn what_is_written_through_a_hold_is_read_back() {
         let image = image(4096);
@@ -317,9 +332,7 @@ mod tests {
             .unwrap()
             .unwrap();
         assert_eq!(pieces.len(), 1, "clusters follow each other");
-        let Place::File(at) = pieces[0].place else {
-            panic!("{pieces:?}")
-        };
+        let at = file_offset(&pieces);
         image
             .data_file()
             .unwrap()
@@ -358,28 +371,17 @@ mod tests {
         image.write_at(&[1; 512], 0).unwrap();
         let mut pieces = Vec::new();
         let hold = image.hold_read(0, 512, &mut pieces).unwrap().unwrap();
-        let Place::File(at) = pieces[0].place else {
-            panic!("{pieces:?}")
-        };
+        let at = file_offset(&pieces);
         image.discard(0, 512).unwrap();
-        let file_byte = |at: u64| {
-            let mut b = [0];
-            image
-                .data_file()
-                .unwrap()
-                .read_exact_at(&mut b, at)
-                .unwrap();
-            b[0]
-        };
         for i in 1..200 {
             image.write_at(&[2; 512], i * 512).unwrap();
             image.flush().unwrap();
         }
-        assert_eq!(file_byte(at), 1);
+        assert_eq!(file_byte(&image, at), 1);
         drop(hold);
         image.flush().unwrap();
         image.write_at(&[3; 512], 0).unwrap();
-        assert_eq!(file_byte(at), 3, "now it is");
+        assert_eq!(file_byte(&image, at), 3, "now it is");
         assert_eq!(image.check().unwrap().leaks, 0);
     }
 
@@ -392,15 +394,8 @@ mod tests {
         // Operations that come and go meanwhile change nothing.
         image.write_at(&[1; 512], 4096).unwrap();
         assert!(hold.read(512, 512, &mut pieces).unwrap());
-        let [
-            Piece {
-                place: Place::File(at),
-                ..
-            },
-        ] = pieces[..]
-        else {
-            panic!("{pieces:?}")
-        };
+        assert_eq!(pieces.len(), 1);
+        let at = file_offset(&pieces);
         assert!(hold.write(1024, 512, &mut pieces).unwrap());
         assert!(
             !hold.write(100 << 10, 512, &mut pieces).unwrap() && pieces.is_empty(),
@@ -413,10 +408,7 @@ mod tests {
                 image.write_at(&[2; 512], (from + i) * 512).unwrap();
                 image.flush().unwrap();
             }
-            let mut byte = [0];
-            let file = image.data_file().unwrap();
-            file.read_exact_at(&mut byte, at).unwrap();
-            byte == [2]
+            file_byte(image, at) == 2
         };
         assert!(!reused(&image, 200));
         drop(hold);

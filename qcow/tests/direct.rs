@@ -10,7 +10,9 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::Arc;
 
-use common::{Random, Verdict, assert_same, qemu_check, qemu_img, qemu_read};
+use common::{
+    Random, Verdict, assert_same, discard, qemu_check, qemu_img, qemu_read, write, write_zeroes,
+};
 use qcow::{CreateOptions, Error, FileStorage, Image, OpenOptions, Shrink, Storage};
 
 /// `O_DIRECT`, as x86-64 has it.
@@ -194,16 +196,9 @@ fn life(path: &Path, options: &CreateOptions, mut model: Vec<u8>, packs: bool, s
         assert_same(&read_all(&image), &model, &what);
         for _ in 0..40 {
             let (offset, length) = random.range(image.len(), 50_000);
-            let range = offset as usize..(offset + length) as usize;
             match random.below(12) {
-                0 => {
-                    image.discard(offset, length).unwrap();
-                    model[range].fill(0);
-                }
-                1 => {
-                    image.write_zeroes(offset, length).unwrap();
-                    model[range].fill(0);
-                }
+                0 => discard(&image, &mut model, (offset, length)),
+                1 => write_zeroes(&image, &mut model, (offset, length)),
                 2 | 3 if packs => {
                     let c = image.cluster_size();
                     let end = (offset + length).div_ceil(c) * c;
@@ -220,13 +215,10 @@ fn life(path: &Path, options: &CreateOptions, mut model: Vec<u8>, packs: bool, s
                 6 => {
                     let mut part = vec![0; length as usize];
                     image.read_at(&mut part, offset).unwrap();
+                    let range = offset as usize..(offset + length) as usize;
                     assert_same(&part, &model[range], &what);
                 }
-                _ => {
-                    let bytes = random.bytes(length as usize);
-                    image.write_at(&bytes, offset).unwrap();
-                    model[range].copy_from_slice(&bytes);
-                }
+                _ => write(&image, &mut model, (offset, length), &mut random),
             }
         }
         let size = SIZE + round * 1000;

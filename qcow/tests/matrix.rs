@@ -5,7 +5,10 @@ mod common;
 
 use std::path::Path;
 
-use common::{Random, Verdict, assert_same, qemu_check, qemu_img, qemu_io, qemu_read};
+use common::{
+    Random, Verdict, assert_same, discard, qemu_check, qemu_img, qemu_io, qemu_read, write,
+    write_zeroes,
+};
 use qcow::{CreateOptions, Image, OpenOptions};
 
 /// A point of the matrix.
@@ -150,22 +153,11 @@ fn ours_read_and_checked_by_qemu() {
         let image = Image::create(&path, &options(case)).unwrap();
         for _ in 0..40 {
             let (offset, length) = random.range(SIZE, 200_000);
-            let range = offset as usize..(offset + length) as usize;
             match random.below(6) {
-                0 => {
-                    image.discard(offset, length).unwrap();
-                    model[range].fill(0);
-                }
-                1 => {
-                    image.write_zeroes(offset, length).unwrap();
-                    model[range].fill(0);
-                }
+                0 => discard(&image, &mut model, (offset, length)),
+                1 => write_zeroes(&image, &mut model, (offset, length)),
                 2 => image.flush().unwrap(),
-                _ => {
-                    let bytes = random.bytes(length as usize);
-                    image.write_at(&bytes, offset).unwrap();
-                    model[range].copy_from_slice(&bytes);
-                }
+                _ => write(&image, &mut model, (offset, length), &mut random),
             }
         }
         let mut ours = vec![0xff; SIZE as usize];

@@ -6,7 +6,7 @@ mod common;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use common::{Random, Verdict, assert_same, qemu_check, qemu_img};
+use common::{Random, Verdict, assert_same, discard, qemu_check, qemu_img, write, write_zeroes};
 use qcow::{Compression, CreateOptions, Image, OpenOptions};
 
 /// A server for one client.
@@ -179,27 +179,16 @@ fn what_is_served_is_what_was_written_and_the_other_way_round() {
         let mut at_snapshot = None;
         for round in 0..30 {
             let (offset, length) = random.range(SIZE, 100_000);
-            let range = offset as usize..(offset + length) as usize;
             match random.below(7) {
-                0 => {
-                    image.discard(offset, length).unwrap();
-                    model[range].fill(0);
-                }
-                1 => {
-                    image.write_zeroes(offset, length).unwrap();
-                    model[range].fill(0);
-                }
+                0 => discard(&image, &mut model, (offset, length)),
+                1 => write_zeroes(&image, &mut model, (offset, length)),
                 2 if extras.compressed && offset / cluster < SIZE / cluster => {
                     let first = offset / cluster * cluster;
                     let bytes = random.bytes(cluster as usize);
                     image.write_compressed_at(&bytes, first).unwrap();
                     model[first as usize..(first + cluster) as usize].copy_from_slice(&bytes);
                 }
-                _ => {
-                    let bytes = random.bytes(length as usize);
-                    image.write_at(&bytes, offset).unwrap();
-                    model[range].copy_from_slice(&bytes);
-                }
+                _ => write(&image, &mut model, (offset, length), &mut random),
             }
             if extras.snapshot && round == 15 {
                 image.create_snapshot("kept").unwrap();

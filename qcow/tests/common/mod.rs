@@ -4,6 +4,8 @@
 use std::path::Path;
 use std::process::{Command, Output};
 
+use qcow::Image;
+
 fn run(tool: &str, args: &[&str]) -> Output {
     match Command::new(tool).args(args).output() {
         Ok(output) => output,
@@ -147,4 +149,23 @@ pub fn assert_same(ours: &[u8], theirs: &[u8], what: &str) {
             ours[i], theirs[i]
         );
     }
+}
+
+/// Discards a range of the disk, and of `model`.
+pub fn discard(image: &Image, model: &mut [u8], (offset, length): (u64, u64)) {
+    image.discard(offset, length).unwrap();
+    model[offset as usize..(offset + length) as usize].fill(0);
+}
+
+/// Writes zeroes to a range of the disk, and of `model`.
+pub fn write_zeroes(image: &Image, model: &mut [u8], (offset, length): (u64, u64)) {
+    image.write_zeroes(offset, length).unwrap();
+    model[offset as usize..(offset + length) as usize].fill(0);
+}
+
+/// Writes random bytes to a range of the disk, and of `model`.
+pub fn write(image: &Image, model: &mut [u8], (offset, length): (u64, u64), random: &mut Random) {
+    let bytes = random.bytes(length as usize);
+    image.write_at(&bytes, offset).unwrap();
+    model[offset as usize..(offset + length) as usize].copy_from_slice(&bytes);
 }
